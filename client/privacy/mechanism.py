@@ -1,0 +1,37 @@
+"""The one clip-and-noise step: Gaussian noise on a sum whose sensitivity is bounded.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from client.privacy.randomness import NoiseSource
+
+
+def gaussian_release(
+    total: Mapping[str, torch.Tensor], *, noise_multiplier: float, sensitivity: float, source: NoiseSource
+) -> dict[str, torch.Tensor]:
+    """Add N(0, (noise_multiplier × sensitivity)²) to every coordinate of a sum (Dwork and Roth 2014, A.1).
+
+    Args:
+        total: the exact sum, in parts; ALL parts together change by at most `sensitivity` in L2 when one record is
+            added or removed.
+        noise_multiplier: > 0.
+        sensitivity: > 0.
+
+    Returns:
+        The noisy sum in float64, same names and shapes.
+
+    Raises:
+        ValueError: noise or sensitivity is not positive, or the sum is not finite.
+    """
+    std = noise_multiplier * sensitivity
+    if not std > 0:
+        raise ValueError("noise_multiplier and sensitivity must be positive")
+    if not all(bool(torch.isfinite(part).all()) for part in total.values()):
+        raise ValueError("a sum with non-finite values cannot be released")
+    return {name: part.detach().double() + std * source.normal_like(part) for name, part in total.items()}

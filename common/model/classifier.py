@@ -1,0 +1,288 @@
+"""The biomarker classifier: trained on synthetic images, or under DP-SGD on real ones as the reference.
+
+SPDX-License-Identifier: Apache-2.0
+
+Shapes: N images, B images of one batch, C channels, H×W pixels, K classes, P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from common.errors import DataError, ReplyError
+from common.images import ImageSet, to_unit
+from common.model.timm_backbones import create_backbone
+from common.study import ValidationConfig
+
+_WEIGHT_DECAY = 0.01
+_WARM_UP = 0.1  # share of the steps
+_SHIFT = 14  # images are shifted by at most side / 14 pixels
+_PHYSICAL_BATCH = 64  # records whose gradients are in memory at once
+_PRIVATE_LEARNING_RATE = 3e-3
+
+PoissonMask = Callable[[int], NDArray[np.bool_]]
+Tensors = dict[str, torch.Tensor]
+NoisyMean = Callable[[Tensors], Tensors]
+RecordGradients = Callable[[Tensors, torch.Tensor, torch.Tensor], Tensors]
+
+
+class BiomarkerClassifier:
+    """A timm network with its sizes; made by `fit`, `fit_private` or `from_state`, always in evaluation mode."""
+
+    def __init__(self, net: nn.Module, *, classes: int, channels: int, image_size: int, backbone: str) -> None:
+        self.net = net.eval()
+        self.classes = classes
+        self.channels = channels
+        self.image_size = image_size
+        self.backbone = backbone
+
+    @classmethod
+    def fit(
+        cls,
+        images: ImageSet,
+        *,
+        classes: int,
+        channels: int,
+        config: ValidationConfig,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> BiomarkerClassifier:
+        """Train without privacy: AdamW, warm-up and cosine, every class drawn equally often. Same seed, same network.
+
+        Args:
+            images: at least one image; a class without images is simply never drawn.
+            progress: called with (steps done, steps in all) after each step.
+
+        Raises:
+            DataError: no images, or labels or shapes that do not fit.
+            StudyError: timm does not know `config.backbone`.
+        """
+        _check(images, classes, channels)
+        with _seeded(seed):
+            model = cls._fresh(images, classes, channels, config.backbone)
+            net = model.net.train()
+            optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=_WEIGHT_DECAY)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
+            draws = np.random.default_rng(seed)
+            for step in range(config.steps):
+                index = _balanced(images.labels, config.batch_size, draws)
+                batch = _augment(to_unit(images.images[index]), draws)
+                loss = nn.functional.cross_entropy(net(batch), torch.from_numpy(images.labels[index]))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                if progress is not None:
+                    progress(step + 1, config.steps)
+            net.eval()
+        return model
+
+    @classmethod
+    def fit_private(
+        cls,
+        images: ImageSet,
+        *,
+        classes: int,
+        channels: int,
+        config: ValidationConfig,
+        poisson_mask: PoissonMask,
+        noisy_mean: NoisyMean,
+        seed: int,
+        max_grad_norm: float = 1.0,
+        learning_rate: float = _PRIVATE_LEARNING_RATE,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> BiomarkerClassifier:
+        """Train on real images by DP-SGD (Abadi et al. 2016, algorithm 1) with Adam, `config.reference_steps` steps.
+
+        This function samples and adds noise only through its callers' functions; it owns clipping. Removing one
+        record moves the sum that `noisy_mean` receives by at most `max_grad_norm` (L2 over all parameters).
+
+        Args:
+            poisson_mask: called once a step with N; a mask, shape (N,); it may be empty.
+            noisy_mean: called once a step with the clipped sum by parameter name; adds noise, divides by the expected
+                batch, and returns the same names and shapes.
+            seed: of the initial weights; public, never of the noise.
+
+        Raises:
+            DataError: labels or shapes that do not fit.
+            StudyError: timm does not know `config.backbone`.
+        """
+        _check(images, classes, channels)
+        with _seeded(seed):
+            model = cls._fresh(images, classes, channels, config.backbone)
+            net = model.net.train()
+            gradients_of = _record_gradients(net)
+            optimiser = torch.optim.Adam(net.parameters(), lr=learning_rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.reference_steps))
+            for step in range(config.reference_steps):
+                chosen = images.select(poisson_mask(len(images)))
+                mean = noisy_mean(_clipped_sum(net, gradients_of, chosen, max_grad_norm))
+                for name, parameter in net.named_parameters():
+                    parameter.grad = mean[name].to(parameter.dtype).reshape(parameter.shape)
+                optimiser.step()
+                schedule.step()
+                if progress is not None:
+                    progress(step + 1, config.reference_steps)
+            net.zero_grad(set_to_none=True)
+            net.eval()
+        return model
+
+    def predict(self, images: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
+        """Class probabilities (N, K) of images (N, C, H, W), each row summing to 1; N may be 0.
+
+        Where the network overflows, the row is 1/K: an error raised for one image would tell that it was there.
+
+        Raises:
+            DataError: channels or size differ from those the classifier was trained on.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise DataError(
+                f"images of {images.dtype} and shape {images.shape[1:]} instead of uint8 and {expected}",
+                where="classifier",
+                remedy="Prepare the images to the study's size.",
+            )
+        with torch.inference_mode():
+            parts = [
+                self.net(to_unit(images[start : start + batch])).softmax(dim=1).numpy()
+                for start in range(0, len(images), batch)
+            ]
+        scores = np.concatenate(parts) if parts else np.zeros((0, self.classes), dtype=np.float32)
+        scores[~np.isfinite(scores).all(axis=1)] = 1.0 / self.classes
+        return scores
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """All learnt values as float32 arrays by name (copies)."""
+        return {name: value.detach().numpy().copy() for name, value in _learnt(self.net).items()}
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, NDArray[np.float32]], *, classes: int, channels: int, image_size: int, backbone: str
+    ) -> BiomarkerClassifier:
+        """Rebuild a classifier from `state`.
+
+        Raises:
+            ReplyError: a name is missing or unknown, or a value has another shape or type or is not finite.
+            StudyError: timm does not know `backbone`.
+        """
+        with _seeded(0):
+            net = create_backbone(backbone, channels=channels, classes=classes, image_size=image_size)
+        wanted = _learnt(net)
+        if state.keys() != wanted.keys():
+            odd = sorted(state.keys() ^ wanted.keys())[0]
+            raise _refused("names differ from those of the network", odd)
+        for name, target in wanted.items():
+            value = state[name]
+            if value.dtype != np.float32 or value.shape != tuple(target.shape):
+                raise _refused(f"{value.dtype} {value.shape} instead of float32 {tuple(target.shape)}", name)
+            if not np.isfinite(value).all():
+                raise _refused("contains NaN or infinity", name)
+            with torch.no_grad():
+                target.copy_(torch.from_numpy(np.array(value)))
+        return cls(net, classes=classes, channels=channels, image_size=image_size, backbone=backbone)
+
+    @classmethod
+    def _fresh(cls, images: ImageSet, classes: int, channels: int, backbone: str) -> BiomarkerClassifier:
+        side = images.images.shape[-1]
+        net = create_backbone(backbone, channels=channels, classes=classes, image_size=side)
+        return cls(net, classes=classes, channels=channels, image_size=side, backbone=backbone)
+
+
+def _record_gradients(net: nn.Module) -> RecordGradients:
+    """A function (parameters, pixels (B, C, H, W), labels (B,)) -> gradients (B, *shape) by name.
+
+    The network sees one record at a time (vectorised over records), so nothing that it does inside, such as folding
+    windows into the batch, can put one record's gradient into another's or split it in parts that are clipped apart.
+    """
+
+    def loss(parameters: Tensors, pixels: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        logits = functional_call(net, parameters, (pixels[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    return vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+
+
+def _clipped_sum(net: nn.Module, gradients_of: RecordGradients, chosen: ImageSet, max_grad_norm: float) -> Tensors:
+    """Sum over the chosen records of min(1, max_grad_norm / norm) × gradient, by parameter name."""
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for start in range(0, len(chosen), _PHYSICAL_BATCH):
+        pixels = to_unit(chosen.images[start : start + _PHYSICAL_BATCH])
+        labels = torch.from_numpy(chosen.labels[start : start + _PHYSICAL_BATCH])
+        gradients = gradients_of(parameters, pixels, labels)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+        sound = norms.isfinite()  # a record with a NaN or infinite gradient contributes nothing
+        factors = (max_grad_norm / (norms[sound] + 1e-6)).clamp(max=1.0)
+        for name, gradient in gradients.items():
+            total[name] += torch.tensordot(factors, gradient if bool(sound.all()) else gradient[sound], dims=1)
+    return total
+
+
+def _learnt(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in net.state_dict().items() if value.dtype == torch.float32}
+
+
+def _refused(what: str, name: str) -> ReplyError:
+    return ReplyError(what, where=f"classifier state: {name}", remedy="Use the weights of this study's classifier.")
+
+
+def _check(images: ImageSet, classes: int, channels: int) -> None:
+    pixels, labels = images.images, images.labels
+    remedy = "Prepare the images to the study's classes and size."
+    if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] != pixels.shape[3]:
+        raise DataError(f"images of shape {pixels.shape}, {channels} channels wanted", where="images", remedy=remedy)
+    if not len(labels):
+        raise DataError("no images to train a classifier on", where="images", remedy="Give at least one image.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(f"a label outside 0 to {classes - 1}", where="labels", remedy=remedy)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator set to `seed` inside, and as it was outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+    warm = max(1, round(_WARM_UP * steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+    return factor
+
+
+def _balanced(labels: NDArray[np.int64], count: int, draws: np.random.Generator) -> NDArray[np.int64]:
+    """`count` record numbers, with replacement; each class that occurs is equally likely."""
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    weights = 1.0 / sizes[inverse]
+    return draws.choice(len(labels), size=count, p=weights / weights.sum())
+
+
+def _augment(batch: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
+    """Shift each image by up to side / 14 pixels; mirror colour images left to right at random.
+
+    Grey images are not mirrored: in a radiograph the side of the body is part of the finding.
+    """
+    count, channels, side, _ = batch.shape
+    reach = max(1, side // _SHIFT)
+    padded = nn.functional.pad(batch, (reach,) * 4, mode="replicate")
+    rows = torch.from_numpy(draws.integers(0, 2 * reach + 1, (count, 1))) + torch.arange(side)
+    columns = torch.from_numpy(draws.integers(0, 2 * reach + 1, (count, 1))) + torch.arange(side)
+    if channels == 3:
+        mirrored = torch.from_numpy(draws.random((count, 1)) < 0.5)
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    records = torch.arange(count)[:, None, None]
+    return padded[records, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

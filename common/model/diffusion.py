@@ -1,0 +1,87 @@
+"""Noise schedule and training loss of the diffusion model.
+
+SPDX-License-Identifier: Apache-2.0
+
+B records, K noise draws a record, C channels, H W pixels; t from 0 (nearly clean) to timesteps - 1 (noise).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class NoiseSchedule:
+    """Cosine schedule (Nichol and Dhariwal 2021, eq. 17).
+
+    Attributes:
+        alphas_bar: float64 (timesteps,), share of the signal's power left at t, falling from nearly 1 to nearly 0.
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
+        s = 0.008
+        grid = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        f = torch.cos((grid + s) / (1 + s) * math.pi / 2) ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        self.alphas_bar = torch.cumprod(1 - betas, dim=0)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(ā) x0 + sqrt(1 - ā) noise (Ho et al. 2020, eq. 4); t broadcasts over the trailing axes."""
+        a = self.alphas_bar[t].view(*t.shape, *[1] * (noise.dim() - t.dim()))
+        return (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(noise.dtype)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of one loss.
+
+    Attributes:
+        t: (B, K) int64.
+        noise: (B, K, C, H, W).
+        keep_label: (B, K) bool; False trains the null class.
+    """
+
+    t: Tensor
+    noise: Tensor
+    keep_label: Tensor
+
+
+class DiffusionLoss:
+    """One loss a record: the mean over K draws of the noise prediction error.
+
+    Ho et al. 2020, eq. 14, with the noise multiplicity of Dockhorn et al. 2022 (eq. 6): the draws are averaged
+    *before* clipping, so that a record counts once however many draws it has. Records do not interact.
+
+    Args:
+        noise_multiplicity: K.
+        label_dropout: probability of training a draw on the null class (Ho and Salimans 2022).
+        null_class: index of the null class.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, noise_multiplicity: int, label_dropout: float, null_class: int) -> None:
+        self.schedule, self.draws_per_record = schedule, noise_multiplicity
+        self.label_dropout, self.null_class = label_dropout, null_class
+
+    def draw(self, records: int, shape: tuple[int, ...], *, generator: torch.Generator, dtype: torch.dtype) -> Draws:
+        """Fresh draws for `records` images of `shape` (C, H, W)."""
+        k = self.draws_per_record
+        return Draws(
+            t=torch.randint(self.schedule.timesteps, (records, k), generator=generator),
+            noise=torch.randn(records, k, *shape, generator=generator, dtype=dtype),
+            keep_label=torch.rand(records, k, generator=generator) >= self.label_dropout,
+        )
+
+    def losses(self, net: nn.Module, x0: Tensor, y: Tensor, draws: Draws) -> Tensor:
+        """x0 (B, C, H, W) in [-1, 1], y (B,) -> (B,)."""
+        noisy = self.schedule.add_noise(x0[:, None], draws.noise, draws.t)
+        labels = torch.where(draws.keep_label, y[:, None], self.null_class)
+        return (net(noisy, draws.t, labels) - draws.noise).square().flatten(1).mean(dim=1)
+
+    def __call__(self, net: nn.Module, x0: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
+        """`losses` with fresh draws."""
+        draws = self.draw(len(y), tuple(x0.shape[1:]), generator=generator, dtype=x0.dtype)
+        return self.losses(net, x0, y, draws)

@@ -1,0 +1,68 @@
+"""Adam on noisy gradients, with its moments kept at the site between rounds.
+
+SPDX-License-Identifier: Apache-2.0
+
+Everything here is post-processing of what the gate has released: it touches no record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from common.errors import CheckpointError
+from common.files import atomic_write, pack_arrays, unpack_arrays
+
+BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015, algorithm 1) over named parameters."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], *, learning_rate: float) -> None:
+        self._parameters = dict(parameters)
+        self._rate = learning_rate
+        self._steps = 0
+        self._first = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self._second = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Move every parameter by one step; `gradients` has the parameters' names and shapes."""
+        self._steps += 1
+        correct1, correct2 = 1 - BETA1**self._steps, 1 - BETA2**self._steps
+        for name, parameter in self._parameters.items():
+            gradient = gradients[name].to(parameter.dtype)
+            self._first[name].lerp_(gradient, 1 - BETA1)
+            self._second[name].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+            scale = (self._second[name] / correct2).sqrt_().add_(EPSILON)
+            parameter.addcdiv_(self._first[name], scale, value=-self._rate / correct1)
+
+    def save(self, path: Path) -> None:
+        """Keep the moments for the next round."""
+        arrays = {f"first/{n}": t.numpy() for n, t in self._first.items()}
+        arrays |= {f"second/{n}": t.numpy() for n, t in self._second.items()}
+        atomic_write(path, pack_arrays(arrays | {"steps": torch.tensor([self._steps]).numpy()}))
+
+    def restore(self, path: Path) -> None:
+        """Take up the moments of the last round, where there are whole ones of this network; else begin anew."""
+        try:
+            arrays = unpack_arrays(path.read_bytes(), where=str(path))
+            first = {n: torch.from_numpy(arrays[f"first/{n}"].copy()) for n in self._parameters}
+            second = {n: torch.from_numpy(arrays[f"second/{n}"].copy()) for n in self._parameters}
+            steps = int(arrays["steps"][0])
+        except (OSError, CheckpointError, KeyError):
+            return
+        if all(first[n].shape == p.shape == second[n].shape for n, p in self._parameters.items()):
+            self._first, self._second, self._steps = first, second, steps
+
+
+def largest_update_norm(*, parameters: int, steps: int, learning_rate: float) -> float:
+    """L2 bound of what `steps` Adam steps can move `parameters` numbers (Kingma and Ba 2015, section 2.1).
+
+    A coordinate moves at most learning_rate × (1 - BETA1) / sqrt(1 - BETA2) a step when that exceeds learning_rate.
+    """
+    return learning_rate * max(1.0, (1 - BETA1) / math.sqrt(1 - BETA2)) * steps * math.sqrt(parameters)

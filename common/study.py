@@ -1,0 +1,259 @@
+"""The study file: what every party agrees on, as frozen, checked settings.
+
+SPDX-License-Identifier: Apache-2.0
+
+One TOML file describes one collaboration. Its SHA-256 (over the settings, in canonical JSON) names the study at
+every party. Nothing here can be set at a site; what a site owns is in its site file (`client/site.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import StudyError
+
+Modality = Literal["radiology", "ophthalmology", "histopathology"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StudyInfo(Settings):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="lower case, digits, hyphens")
+    modality: Modality
+    description: str = ""
+    seed: int = Field(default=0, ge=0, description="seeds the server's public choices only (initial weights, sampling)")
+
+
+class DataConfig(Settings):
+    """What an image of this study looks like; public."""
+
+    image_size: int = Field(ge=8, le=256, description="pixels, height and width")
+    channels: Literal[1, 3]
+    classes: tuple[str, ...] = Field(min_length=2, max_length=64, description="biomarker classes, in label order")
+
+
+class NetworkConfig(Settings):
+    """Swin U-Net noise predictor (Pan et al. 2023); one entry of `depths` and `heads` a level."""
+
+    patch_size: Literal[1, 2, 4, 8] = 2
+    width: int = Field(default=32, ge=8, le=512, description="channels at the first level; doubled a level")
+    depths: tuple[int, ...] = Field(default=(2, 2), min_length=1, max_length=4)
+    heads: tuple[int, ...] = Field(default=(2, 4), min_length=1, max_length=4)
+    window: int = Field(default=7, ge=2, le=16, description="window side, tokens")
+    mlp_ratio: float = Field(default=2.0, gt=0, le=8)
+
+
+class DiffusionConfig(Settings):
+    timesteps: int = Field(default=1000, ge=10, le=4000)
+    noise_multiplicity: int = Field(default=2, ge=1, le=64, description="K draws of (t, noise) a record, averaged")
+    label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
+
+
+class TrainingConfig(Settings):
+    rounds: int = Field(ge=1, le=10_000)
+    local_steps: int = Field(ge=1, le=10_000, description="DP-SGD steps a round at each site")
+    sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a record, each step")
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="a local step")
+    max_update_norm: float | None = Field(default=None, gt=0, description="L2; default: the bound that Adam implies")
+
+
+class PrivacyConfig(Settings):
+    epsilon: float = Field(gt=0, le=1000, description="ceiling for the whole study, per record and site")
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    accountant: Literal["prv", "rdp"] = "prv"
+    unit: Literal["image"] = "image"
+    trust: Literal["local"] = "local"
+    counts_share: float = Field(
+        default=0.15, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"
+    )
+    reference_share: float = Field(
+        default=0.25, ge=0, lt=1, description="the same for the real-data reference; 0 = none"
+    )
+
+
+class FederationConfig(Settings):
+    min_sites: int = Field(default=2, ge=1)
+    timeout_seconds: float = Field(default=1800, gt=0, description="longest wait for the sites' answers to one request")
+
+
+class GenerationConfig(Settings):
+    images: int = Field(default=1000, ge=2, le=1_000_000)
+    sampler: Literal["ancestral", "ddim", "dpm-solver++"] = "dpm-solver++"
+    steps: int = Field(default=20, ge=2, le=4000)
+    guidance: float = Field(
+        default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
+    )
+    batch_size: int = Field(default=100, ge=1)
+
+
+class ValidationConfig(Settings):
+    backbone: str = Field(default="test_efficientnet_gn", description="a timm model name")
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    bins: int = Field(default=24, ge=4, le=512, description="bins of each score histogram")
+    reference_steps: int = Field(default=100, ge=1, description="DP-SGD steps of the real-data reference")
+    reference_learning_rate: float = Field(default=3e-3, gt=0)
+    reference_sample_rate: float = Field(default=0.1, gt=0, le=1)
+
+
+class SimulationConfig(Settings):
+    """Only read when the study is run on one machine with simulated sites."""
+
+    sites: int = Field(default=3, ge=1, le=64)
+    label_skew: float = Field(
+        default=0.5, ge=0, le=1, description="0 = same class mix at every site, 1 = strongly different"
+    )
+    phantoms_per_site: int = Field(default=600, ge=20)
+
+
+class Study(Settings):
+    """One collaboration, whole."""
+
+    study: StudyInfo
+    data: DataConfig
+    network: NetworkConfig = NetworkConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig
+    privacy: PrivacyConfig
+    federation: FederationConfig = FederationConfig()
+    generation: GenerationConfig = GenerationConfig()
+    validation: ValidationConfig = ValidationConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        net, side = self.network, self.data.image_size
+        if len(net.depths) != len(net.heads):
+            raise ValueError("network.depths and network.heads: must have the same length")
+        if side % (net.patch_size * 2 ** (len(net.depths) - 1)):
+            raise ValueError(
+                f"network.patch_size: {side} px do not divide by {net.patch_size} and {len(net.depths) - 1} halvings"
+            )
+        for level, heads in enumerate(net.heads):
+            if heads < 1 or (net.width * 2**level) % heads:
+                raise ValueError(f"network.heads: {heads} heads do not divide {net.width * 2**level} channels")
+        if len(set(self.data.classes)) != len(self.data.classes):
+            raise ValueError("data.classes: names must differ")
+        if self.federation.min_sites > self.simulation.sites:
+            raise ValueError("federation.min_sites: larger than simulation.sites")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """The study's name at every party: SHA-256 of its settings in canonical JSON."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: the same bytes for the same settings everywhere."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Read, override and check a study file.
+
+    Args:
+        path: the TOML file.
+        overrides: ``section.key=value`` each, the value in TOML syntax (a bare word is taken as a string).
+
+    Raises:
+        StudyError: the file is missing, not TOML, or a key or value cannot be used; one line, nearest key named.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(
+            f"cannot read the study file ({error.strerror})", where=str(path), remedy="Give the path of a study TOML."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"not valid TOML: {error}", where=str(path), remedy="Mend that line.") from error
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_study(raw, where=str(path))
+
+
+def parse_study(raw: dict[str, Any], *, where: str) -> Study:
+    """Check settings that are already read (from TOML or from a message)."""
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise _study_error(error, Study, where) from error
+
+
+def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple[str, str, str]:
+    """(field, what, remedy) of the first problem that pydantic found, with the nearest right key for a misspelt one."""
+    problems = error.errors()  # a misspelt key also shows as a missing one: name the key that is there
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return field, f"unknown key '{key}'", remedy
+    if first["type"] == "missing":
+        return field, "missing", "Add it."
+    what = first["msg"].removeprefix("Value error, ")
+    if not field:  # a rule over several fields names its own field first
+        field, _, what = what.partition(": ")
+        return field, what, "Change one of them."
+    return field, f"{what} (got {first['input']!r})", "Mend the value."
+
+
+def _study_error(error: ValidationError, model: type[BaseModel], where: str) -> StudyError:
+    field, what, remedy = settings_error_line(error, model)
+    return StudyError(what, where=f"{where}: {field}", remedy=remedy)
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in loc:
+        info = current.model_fields.get(str(part))
+        if info is None:
+            return []
+        options = [info.annotation, *get_args(info.annotation)]
+        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not nested:
+            return []
+        current = nested[0]
+    return list(current.model_fields)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise StudyError(
+            f"cannot read '{override}'", where="--set", remedy="Write section.key=value, as in training.rounds=2."
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = raw.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise StudyError(f"'{parts[0]}' is not a section", where="--set", remedy="Write section.key=value.")
+    section[parts[1]] = value
+
+
+def study_toml(study: Study) -> str:
+    """The settings as TOML, every default written out; reads back as the same study."""
+    lines = [f"# Settings as run; SHA-256 {study.sha256}"]
+    for section, values in study.model_dump(mode="json", exclude_none=True).items():
+        lines.append(f"\n[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # JSON scalars and lists are TOML
+    return "\n".join(lines) + "\n"

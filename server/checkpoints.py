@@ -1,0 +1,178 @@
+"""The run folder: what a stop or a crash must not lose, written atomically.
+
+SPDX-License-Identifier: Apache-2.0
+
+    runs/<study>-<time>/
+        study.toml, study.sha256   settings as run
+        plan.json                  every mechanism with its noise
+        state.json                 results of the stages that are done
+        checkpoints/               weights and moving average after each round (the last few)
+        events.jsonl               what happened when
+        sites/                     simulated sites only: their site files and private state
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.accounting import StudyPlan
+from common.errors import CheckpointError
+from common.files import append_line, atomic_write, pack_arrays, read_json, sha256_file, unpack_arrays, write_json
+from common.messages import Arrays
+from common.study import Study, load_study, study_toml
+
+_KEEP = 3
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One finished training round."""
+
+    round: int
+    loss: float | None
+    epsilon: dict[str, float]
+    accepted: list[str]
+    rejected: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Training after `round` rounds; `ema` is what images are generated from."""
+
+    round: int
+    weights: Arrays
+    ema: Arrays
+    rows: list[RoundRow] = field(default_factory=list)
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, parent: Path, study: Study, plan: StudyPlan) -> RunFolder:
+        """Make a new folder; never one that exists.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        for extra in ("", *(f"-{n}" for n in range(2, 100))):
+            path = parent / f"{study.study.name}-{stamp}{extra}"
+            if not path.exists():
+                break
+        atomic_write(path / "study.toml", study_toml(study).encode())
+        atomic_write(path / "study.sha256", f"{study.sha256}\n".encode())
+        write_json(path / "plan.json", plan.to_json())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing folder.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if not (path / "study.toml").is_file() or not (path / "plan.json").is_file():
+            raise CheckpointError(
+                "not a run folder (no study.toml and plan.json)", where=str(path),
+                remedy="Give the folder that `synthward run` made, as in runs/demo-20260102-030405.",
+            )  # fmt: skip
+        return cls(path)
+
+    def study(self) -> Study:
+        """The study as run; checked against its hash."""
+        study = load_study(self.path / "study.toml")
+        if (self.path / "study.sha256").read_text().strip() != study.sha256:
+            raise CheckpointError("study.toml was changed after the run began", where=str(self.path),
+                                  remedy="Put it back, or start a new run.")  # fmt: skip
+        return study
+
+    def plan(self) -> StudyPlan:
+        try:
+            return StudyPlan.from_json(read_json(self.path / "plan.json"))
+        except (TypeError, KeyError) as error:
+            raise CheckpointError("not a plan", where=str(self.path / "plan.json"), remedy="Start anew.") from error
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one line to events.jsonl."""
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+        append_line(self.path / "events.jsonl", json.dumps({"at": stamp, "event": kind, **values}))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole lines of events.jsonl; a line cut by a crash is passed over."""
+        path = self.path / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        whole = []
+        for line in lines:
+            try:
+                whole.append(json.loads(line))
+            except ValueError:
+                continue
+        return whole
+
+    def result(self, stage: str) -> Any | None:
+        """The kept result of a stage, or None when it is not done."""
+        path = self.path / "state.json"
+        return read_json(path).get(stage) if path.exists() else None
+
+    def keep_result(self, stage: str, value: Any) -> None:
+        """Keep a stage's result: it is never computed again."""
+        path = self.path / "state.json"
+        state = read_json(path) if path.exists() else {}
+        write_json(path, {**state, stage: value})
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write a round's checkpoint, then point to it, then drop the oldest."""
+        folder = self.path / "checkpoints"
+        file = folder / f"round-{checkpoint.round:05d}.safetensors"
+        arrays = {f"weights/{n}": a for n, a in checkpoint.weights.items()}
+        arrays |= {f"ema/{n}": a for n, a in checkpoint.ema.items()}
+        atomic_write(file, pack_arrays(arrays))
+        manifest = {"round": checkpoint.round, "file": file.name, "sha256": sha256_file(file),
+                    "rows": [asdict(row) for row in checkpoint.rows]}  # fmt: skip
+        write_json(folder / f"round-{checkpoint.round:05d}.json", manifest)
+        for old in sorted(folder.glob("round-*.safetensors"))[:-_KEEP]:
+            old.with_suffix(".json").unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint; a damaged one is passed over for the one before. None when there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged.
+        """
+        manifests = sorted((self.path / "checkpoints").glob("round-*.json"), reverse=True)
+        for manifest in manifests:
+            try:
+                return self._read_checkpoint(manifest)
+            except (CheckpointError, KeyError, TypeError, OSError):
+                continue
+        if manifests:
+            raise CheckpointError("every checkpoint is damaged", where=str(self.path / "checkpoints"),
+                                  remedy="Start a new run; the sites' ledgers stand.")  # fmt: skip
+        return None
+
+    @staticmethod
+    def _read_checkpoint(manifest: Path) -> Checkpoint:
+        head = read_json(manifest)
+        if not re.fullmatch(r"round-\d{5}\.safetensors", head["file"]):
+            raise CheckpointError("a file name that is none of ours", where=str(manifest))
+        file = manifest.parent / head["file"]
+        if sha256_file(file) != head["sha256"]:
+            raise CheckpointError("checksum differs", where=str(file), remedy="Use an older checkpoint.")
+        arrays = unpack_arrays(file.read_bytes(), where=str(file))
+        return Checkpoint(
+            round=int(head["round"]),
+            weights={n.removeprefix("weights/"): a for n, a in arrays.items() if n.startswith("weights/")},
+            ema={n.removeprefix("ema/"): a for n, a in arrays.items() if n.startswith("ema/")},
+            rows=[RoundRow(**row) for row in head["rows"]],
+        )

@@ -1,0 +1,149 @@
+"""The command of the coordinator: `synthward run`, `synthward verify`.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import StudyError, SynthwardError
+
+app = typer.Typer(
+    help="Train one private diffusion model over several hospitals and release a synthetic image set.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a named command."""
+
+
+@app.command()
+def run(
+    study: Annotated[Path | None, typer.Argument(help="the study file (TOML)", metavar="STUDY.toml")] = None,
+    data: Annotated[Path | None, typer.Option(help="MedMNIST-layout npz to shard; default: phantoms")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value", metavar="K=V")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop; spends nothing")] = False,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run folder", metavar="RUN")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run folders")] = Path("runs"),
+) -> None:
+    """Run a study with simulated sites on this machine, from real images or phantoms to a release.
+
+    Examples:
+
+      synthward run configs/demo.toml
+
+      synthward run configs/pneumonia.toml --data pneumoniamnist.npz --set training.rounds=2
+
+      synthward run configs/pneumonia.toml --data pneumoniamnist.npz --dry-run
+
+      synthward run --resume runs/demo-20260102-030405
+    """
+    if resume is not None:
+        if study is not None or data is not None or override:
+            raise StudyError(
+                "a resumed run keeps its study, data and settings", where="--resume",
+                remedy="Give --resume alone, or start a new run without it.",
+            )  # fmt: skip
+        _go_on(resume)
+        return
+    if study is None:
+        raise StudyError(
+            "no study file given", where="STUDY.toml", remedy="For example: synthward run configs/demo.toml"
+        )
+    _start(study, data, tuple(override or ()), out, dry_run=dry_run)
+
+
+@app.command()
+def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")]) -> None:
+    """Check a release's files against its checksums.
+
+    Example: synthward verify runs/demo-20260102-030405
+    """
+    from common.errors import CheckpointError
+    from server.release.bundle import verify_checksums
+
+    problems = verify_checksums(run_dir)
+    if problems:
+        raise CheckpointError(
+            "; ".join(problems), where=str(run_dir), remedy="Do not use this release; ask for it anew."
+        )
+    print(f"{run_dir}: every released file is as it was written")
+
+
+def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out: Path, *, dry_run: bool) -> None:
+    import tempfile
+
+    from common.accounting import plan_study
+    from common.files import atomic_write
+    from common.study import load_study, study_toml
+    from server.launch import check_sites, write_site_files
+
+    study = load_study(study_path, overrides)
+    print(f"{study.study.name}: solving for the noise and checking the sites' data ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="synthward-") as scratch:
+        file = Path(scratch) / "study.toml"
+        atomic_write(file, study_toml(study).encode())
+        facts = check_sites(file, write_site_files(Path(scratch), study, data))
+    plan = plan_study(study)
+    from server.planning import describe
+
+    print(describe(study, plan, facts), file=sys.stdout if dry_run else sys.stderr, flush=True)
+    if dry_run:
+        return
+    from server.checkpoints import RunFolder
+
+    folder = RunFolder.create(out, study, plan)
+    write_site_files(folder.path / "sites", study, data)
+    _simulate(folder.path)
+
+
+def _go_on(path: Path) -> None:
+    from server.checkpoints import RunFolder
+
+    folder = RunFolder.open(path)
+    folder.study()
+    _simulate(path)
+
+
+def _simulate(path: Path) -> None:
+    from server.checkpoints import RunFolder
+    from server.launch import simulate
+    from server.planning import summary
+
+    print(f"run folder: {path}", file=sys.stderr, flush=True)
+    simulate(RunFolder.open(path))
+    print(summary(RunFolder.open(path)))
+
+
+def main() -> None:
+    """Entry point; an error is one line on standard error and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except SynthwardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: go on with `synthward run --resume RUN`", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        _usage_error(error)
+
+
+def _usage_error(error: Exception) -> None:
+    """typer's own complaints about the command line, as one line; anything else is a defect and keeps its trace."""
+    show = getattr(error, "format_message", None)
+    if show is None:
+        raise error
+    print(f"error: {show()}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""One study on one machine: simulated sites under Flower's own engine, with the same two apps as a deployment.
+
+SPDX-License-Identifier: Apache-2.0
+
+The apps are loaded by their names, as Flower does: no file of `server` imports `client` (docs/adr/0001).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError, FederationError, SynthwardError
+from common.files import atomic_write
+from common.study import Study
+from server.checkpoints import RunFolder
+
+SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"  # as in pyproject.toml; a test holds them together
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_WAIT_POLICY": "passive", "RAY_memory_monitor_refresh_ms": "0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a simulated site's own check says; shown to its owner, who runs the simulation."""
+
+    name: str
+    train: list[int]
+    holdout: list[int]
+    warnings: list[str]
+
+
+def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path]:
+    """Write one site file for each simulated site: shards of `data`, or phantoms when there is none."""
+    simulation, files = study.simulation, []
+    for index in range(simulation.sites):
+        shard = {"shard_index": index, "shard_count": simulation.sites, "label_skew": simulation.label_skew,
+                 "seed": study.study.seed}  # fmt: skip
+        source: dict[str, Any] = (
+            {"source": "npz", "path": str(data.resolve())} if data is not None
+            else {"source": "phantoms", "modality": study.study.modality, "records": simulation.phantoms_per_site}
+        )  # fmt: skip
+        name = f"site-{index + 1}"
+        lines = [
+            "# A simulated site, written by `synthward run`",
+            f'name = "{name}"', f'state = "{name}"', "own_reference = true",
+            "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
+            "[policy]", f"max_epsilon = {study.privacy.epsilon}", f"max_delta = {study.privacy.delta}",
+            "[performance]", f"threads = {os.cpu_count() or 1}",
+        ]  # fmt: skip
+        path = folder / f"{name}.toml"
+        atomic_write(path, ("\n".join(lines) + "\n").encode())
+        files.append(path)
+    return files
+
+
+def check_sites(study_file: Path, sites: list[Path]) -> list[SiteFacts]:
+    """Have every simulated site check its own data, in the sites' own command, before anything is spent.
+
+    Raises:
+        DataError: the first site that cannot take part, with its own one-line reason.
+    """
+    command = [sys.executable, "-m", "client.cli", "check", "--json", "--study", str(study_file), *map(str, sites)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_QUIET})
+    if result.returncode != 0:
+        line = (result.stderr.strip().splitlines() or ["the check failed"])[-1]
+        raise DataError(line.removeprefix("error: "))
+    return [SiteFacts(**row) for row in json.loads(result.stdout)]
+
+
+def simulate(folder: RunFolder) -> None:
+    """Run the study of `folder` with its simulated sites, in this process, under Flower's simulation engine.
+
+    Raises:
+        SynthwardError: as the pipeline raises them.
+        FederationError: the engine itself failed.
+    """
+    sites = folder.path / "sites"
+    os.environ |= {**_QUIET, "SYNTHWARD_RUN": str(folder.path.resolve()), "SYNTHWARD_SITES": str(sites.resolve())}
+    path = [entry for entry in sys.path if entry]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # the engine's workers see the same packages as this process
+    from flwr.simulation import run_simulation
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    cores = os.cpu_count() or 1
+    try:
+        run_simulation(
+            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP),
+            num_supernodes=len(list(sites.glob("site-*.toml"))),
+            # One worker that has all cores: sites take turns, each with all threads, and memory holds one of them.
+            backend_config={
+                "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
+                "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False,
+                              "logging_level": "ERROR"},
+            },
+        )  # fmt: skip
+    except SynthwardError:
+        raise
+    except RuntimeError as error:
+        raise FederationError(
+            f"the simulation engine failed ({error})", remedy=f"Go on with `synthward run --resume {folder.path}`."
+        ) from error
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

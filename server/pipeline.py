@@ -1,0 +1,64 @@
+"""The stages of a study in order, from the newest checkpoint to the release.
+
+SPDX-License-Identifier: Apache-2.0
+
+enrol → train → generate → validate → release. Each takes up what was kept: a round that has a checkpoint, a batch of
+images, an answer that a site has stored, is never made or paid for twice.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from common.messages import Agreement
+from server.checkpoints import RunFolder
+from server.federation.sites import SiteGroup
+from server.progress import Progress
+from server.session import Session
+from server.stages.enrol import enrol
+from server.stages.generate import generate
+from server.stages.release import release
+from server.stages.train import train
+from server.stages.validate import validate
+
+
+def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
+    """Run, or go on with, a study.
+
+    Args:
+        folder: the run's folder, with study and plan in it.
+        group: the sites.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        SynthwardError: with everything saved that was finished; the run can be resumed.
+    """
+    session = Session(Agreement(folder.study(), folder.plan()), folder, group, progress)
+    folder.event("begin", study=session.agreement.study.sha256)
+    began = time.monotonic()
+    try:
+        enrol(session)
+        state = train(session)
+        synthetic = generate(session, state)
+        validation = validate(session, synthetic)
+        report = release(session, state, synthetic, validation, seconds=_seconds_before(folder, began))
+    finally:
+        folder.event("end", seconds=round(time.monotonic() - began, 2))
+    return report
+
+
+def _seconds_before(folder: RunFolder, began: float) -> float:
+    """Working time of the run over all its processes; a killed one counts to its last event."""
+    from datetime import datetime
+
+    total, first, last = 0.0, None, None
+    for event in folder.events():
+        at = datetime.fromisoformat(event["at"])
+        if event["event"] == "begin":
+            total += (last - first).total_seconds() if first and last else 0.0
+            first = at
+        last = at
+    return total + time.monotonic() - began

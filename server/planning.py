@@ -1,0 +1,140 @@
+"""What a run will take and ask, before it starts; and its result in one table, after it.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.accounting import PARTITIONS, MechanismPlan, StudyPlan, epsilon_of
+from common.files import read_json
+from common.study import Study
+from server.checkpoints import RunFolder
+from server.launch import SiteFacts
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rough needs of a run on this machine.
+
+    Attributes:
+        parameters: of the diffusion network.
+        train_seconds, generate_seconds: from a short measurement here; all sites taking turns.
+        megabytes: model traffic of one site over the whole study, both ways.
+    """
+
+    parameters: int
+    train_seconds: float
+    generate_seconds: float
+    megabytes: float
+
+
+def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
+    """Measure one small training step and one small sampling step, and scale them up."""
+    import torch
+
+    from common.model.diffusion import DiffusionLoss, NoiseSchedule
+    from common.model.swin_unet import SwinUNet
+
+    net = SwinUNet(study.network, study.data)
+    side, channels, records = study.data.image_size, study.data.channels, 16
+    draws = study.diffusion.noise_multiplicity
+    loss = DiffusionLoss(NoiseSchedule(study.diffusion.timesteps), draws, 0.0, len(study.data.classes))
+    x, y = torch.zeros(records, channels, side, side), torch.zeros(records, dtype=torch.int64)
+
+    def train_step() -> None:
+        loss(net, x, y, generator=torch.Generator()).sum().backward()
+
+    def sample_step() -> None:
+        with torch.no_grad():
+            t = torch.zeros(records, 1, dtype=torch.int64)
+            net(x[:, None], t, t)
+
+    training = study.training
+    batch = sum(sum(fact.train) for fact in facts) * training.sample_rate
+    per_record = _seconds(train_step) / records * 1.2  # book-keeping of per-record gradients costs about a fifth more
+    evaluations = study.generation.steps * (2 if study.generation.guidance > 0 else 1)
+    parameters = sum(p.numel() for p in net.parameters())
+    return Estimate(
+        parameters=parameters,
+        train_seconds=per_record * batch * training.local_steps * training.rounds,
+        generate_seconds=_seconds(sample_step) / records * evaluations * study.generation.images,
+        megabytes=2 * 4 * parameters * training.rounds / 1e6,
+    )
+
+
+def _seconds(step: Any) -> float:
+    step()
+    began = time.monotonic()
+    for _ in range(3):
+        step()
+    return (time.monotonic() - began) / 3
+
+
+def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
+    """The plan as text: records per site, noise and epsilon by stage, size, time and traffic."""
+    privacy, needs = study.privacy, estimate(study, facts)
+    lines = [f"study {study.study.name}  sha256 {study.sha256}", ""]
+    lines.append(f"{'site':<12}{'train':>8}{'held out':>10}   train records by class (known to the site alone)")
+    for fact in facts:
+        by_class = ", ".join(f"{name} {n}" for name, n in zip(study.data.classes, fact.train, strict=True))
+        lines.append(f"{fact.name:<12}{sum(fact.train):>8}{sum(fact.holdout):>10}   {by_class}")
+        lines += [f"{'':<12}warning: {warning}" for warning in fact.warnings]
+    lines += [
+        "",
+        f"{'stage':<12}{'records':<10}{'noise_multiplier':>17}{'sample_rate':>13}{'steps':>8}{'epsilon alone':>15}",
+    ]
+    for mechanism in plan.mechanisms:
+        lines.append(
+            f"{mechanism.name:<12}{mechanism.partition:<10}{mechanism.noise_multiplier:>17.4f}"
+            f"{mechanism.sample_rate:>13g}{mechanism.steps * mechanism.releases:>8}{_alone(study, mechanism):>15.3f}"
+        )
+    for partition in PARTITIONS:
+        total = epsilon_of(plan.losses(partition), delta=privacy.delta, accountant=privacy.accountant)
+        lines.append(f"together, {partition + ' records:':<21}epsilon {total:.3f} of {privacy.epsilon:g}"
+                     f" at delta {privacy.delta:g} ({privacy.accountant})")  # fmt: skip
+    minutes = (needs.train_seconds + needs.generate_seconds) / 60
+    lines += [
+        "",
+        f"network     {needs.parameters:,} parameters",
+        f"time        about {minutes:.0f} min on this machine ({needs.train_seconds / 60:.1f} training, "
+        f"{needs.generate_seconds / 60:.1f} generating), and a few for start and validation",
+        f"traffic     about {needs.megabytes:.0f} MB a site",
+    ]
+    return "\n".join(lines)
+
+
+def _alone(study: Study, mechanism: MechanismPlan) -> float:
+    privacy = study.privacy
+    return epsilon_of([mechanism.whole_loss], delta=privacy.delta, accountant=privacy.accountant)
+
+
+def summary(folder: RunFolder) -> str:
+    """The final table of a finished run, from its metrics.json."""
+    metrics = read_json(folder.path / "metrics.json")
+    lines = ["", f"{'':<34}{'AUC':>22}{'macro F1':>22}"]
+    for row in metrics["validation"]:
+        lines.append(f"{row['name'][:34]:<34}{_figure(row['auc_macro']):>22}{_figure(row['f1_macro']):>22}")
+    lines.append("")
+    for site, spent in metrics["epsilon"]["sites"].items():
+        lines.append(f"{site:<12} epsilon {spent:.3f} (ceiling {metrics['epsilon']['ceiling']:g}, "
+                     f"delta {metrics['epsilon']['delta']:g})")  # fmt: skip
+    lines += [
+        "",
+        f"{metrics['images']} synthetic images, {metrics['minutes']:.1f} min, "
+        f"peak memory {metrics['peak_memory_mb']:.0f} MB",
+        f"report: {folder.path / 'report.html'}",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: dict[str, float | None] | None) -> str:
+    if value is None or value["value"] is None:
+        return "-"
+    if value.get("low") is None or value.get("high") is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

@@ -1,0 +1,54 @@
+"""What the coordinator sees while a run goes on: one line a step, and the same in events.jsonl.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from server.checkpoints import RunFolder
+
+
+class Progress:
+    """Prints to a terminal and writes the run's events.
+
+    Args:
+        folder: where the events go.
+        out: where lines are printed; standard error by default, so that standard output stays for results.
+    """
+
+    def __init__(self, folder: RunFolder, out: TextIO | None = None) -> None:
+        self._folder = folder
+        self._out = out or sys.stderr
+        self._began: dict[str, float] = {}
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage begins."""
+        self._began[name] = time.monotonic()
+        self._line(name, text)
+        self._folder.event("stage", stage=name, text=text)
+
+    def step(self, stage: str, done: int, total: int, text: str, **values: Any) -> None:
+        """`done` of `total` is behind us; the time left is estimated from the stage's pace so far in this process."""
+        first = self._began.setdefault(f"{stage}:first", done - 1)
+        elapsed = time.monotonic() - self._began.setdefault(stage, time.monotonic())
+        pace = elapsed / max(1, done - first)
+        left = pace * (total - done)
+        self._line(stage, f"{done}/{total}  {text}  {_clock(left)} left")
+        self._folder.event("step", stage=stage, done=done, total=total, seconds_left=round(left, 1), **values)
+
+    def warn(self, text: str, **values: Any) -> None:
+        """Something the coordinator should know; the run goes on."""
+        self._line("warning", text)
+        self._folder.event("warning", text=text, **values)
+
+    def _line(self, stage: str, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {stage:<9} {text}", file=self._out, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

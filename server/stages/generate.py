@@ -1,0 +1,37 @@
+"""Generate: the synthetic set from the averaged weights; no question to the sites, no cost.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from common.images import ImageSet
+from server.checkpoints import Checkpoint
+from server.session import Session
+from server.synthesis.generation import generate as sample_set
+from server.synthesis.generation import planned_labels
+
+
+def generate(session: Session, state: Checkpoint) -> ImageSet:
+    """Sample the set; a resumed run takes up the finished batches."""
+    study = session.agreement.study
+    counts = np.sum([member.counts for member in session.members.values()], axis=0)
+    labels = planned_labels(counts.tolist(), study.generation.images, seed=study.study.seed)
+    kept = session.folder.result("generate")
+    if kept is not None:  # the classes were settled then, whoever is enrolled now
+        labels = np.asarray(kept["labels"], dtype=np.int64)
+    else:
+        session.folder.keep_result("generate", {"labels": labels.tolist()})
+    config = study.generation
+    session.progress.stage("generate", f"{len(labels)} images, {config.sampler}, {config.steps} steps")
+    began = time.monotonic()
+
+    def on_batch(done: int, total: int) -> None:
+        pace = done / max(time.monotonic() - began, 1e-3)
+        session.progress.step("generate", done, total, f"{pace:.1f} images/s", images_per_second=round(pace, 2))
+
+    return sample_set(study, state.ema, labels, session.folder.path / "checkpoints" / "generated", on_batch=on_batch)

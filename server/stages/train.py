@@ -1,0 +1,122 @@
+"""Train: rounds of private training at the sites, averaged, checked and checkpointed.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from common.errors import ReplyError
+from common.messages import Arrays, TrainReply, TrainRequest
+from common.model.swin_unet import SwinUNet
+from common.optimizer import largest_update_norm
+from common.study import Study
+from server.checkpoints import Checkpoint, RoundRow
+from server.federation.aggregation import apply, average, moving_average
+from server.federation.screening import screen_update
+from server.federation.sites import Answers
+from server.session import Session
+
+
+def train(session: Session) -> Checkpoint:
+    """Run the rounds that are left, from the newest checkpoint.
+
+    A site whose budget is used up stops by itself; when too few are left because of that, training ends early with
+    what it has, and the run goes on.
+
+    Raises:
+        FederationError: too few usable answers for another reason; the last checkpoint stands.
+    """
+    study = session.agreement.study
+    rounds = study.training.rounds
+    kept = session.folder.last_checkpoint()
+    state = kept or Checkpoint(0, *_initial(study))
+    session.progress.stage("train", f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds")
+    while state.round < rounds:
+        following = _one_round(session, state)
+        if following is None:
+            break
+        session.folder.save_checkpoint(following)
+        state = following
+    session.folder.keep_result("train", {"rounds": state.round})
+    return state
+
+
+def _initial(study: Study) -> tuple[Arrays, Arrays]:
+    """Public initial weights, drawn from the study's seed."""
+    torch.manual_seed(study.study.seed)
+    weights = {n: p.detach().numpy().copy() for n, p in SwinUNet(study.network, study.data).named_parameters()}
+    return weights, {name: array.copy() for name, array in weights.items()}
+
+
+def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
+    """One round, or None when the sites' budgets are used up."""
+    study, number, began = session.agreement.study, state.round + 1, time.monotonic()
+    requests = {
+        node: TrainRequest(
+            agreement=session.agreement, round=number, arrays=state.weights,
+            expected_batch=study.training.sample_rate * member.weight,
+        )
+        for node, member in session.members.items()
+    }  # fmt: skip
+    answers = session.group.ask(requests)
+    updates, losses, reasons = _screen(session, answers, state.weights, number)
+    for site, reason in reasons.items():
+        session.progress.warn(f"round {number}: {site} left out: {reason}", site=site, round=number)
+    exhausted = [r for r in answers.refusals.values() if r.kind == "BudgetError"]
+    if len(updates) < study.federation.min_sites and exhausted:
+        session.progress.warn(f"training ends after round {state.round}: the budget of {len(exhausted)} sites is used")
+        return None
+    session.require(len(updates), reasons, "train")
+    weights_by_site = {member.site: member.weight for member in session.members.values()}
+    total = sum(weights_by_site[site] for site in updates)
+    weights = apply(state.weights, average(updates, weights_by_site))
+    steps = study.training.local_steps
+    row = RoundRow(
+        round=number,
+        loss=sum(losses[site] * weights_by_site[site] for site in losses) / total,
+        epsilon={m.site: round(m.spent.train, 4) for m in session.members.values()},
+        accepted=sorted(updates), rejected=reasons, seconds=round(time.monotonic() - began, 2),
+    )  # fmt: skip
+    ema = moving_average(state.ema, weights, decay=study.training.ema_decay, steps=steps, step=number * steps)
+    draws = total * study.training.sample_rate * steps * study.diffusion.noise_multiplicity
+    session.progress.step(
+        "train", number, study.training.rounds,
+        f"loss {row.loss:.3f} (noisy)  epsilon "
+        + " ".join(f"{site} {spent:.2f}" for site, spent in row.epsilon.items())
+        + f"  {draws / max(row.seconds, 1e-3):.0f} images/s",
+        round=number, loss=row.loss, epsilon=row.epsilon, seconds=row.seconds,
+        images_per_second=round(draws / max(row.seconds, 1e-3), 1), accepted=row.accepted, rejected=row.rejected,
+    )  # fmt: skip
+    return Checkpoint(number, weights, ema, [*state.rows, row])
+
+
+def _screen(
+    session: Session, answers: Answers, weights: Arrays, number: int
+) -> tuple[dict[str, Arrays], dict[str, float], dict[str, str]]:
+    """(updates by site, losses by site, reasons by left-out site)."""
+    training = session.agreement.study.training
+    bound = training.max_update_norm or largest_update_norm(
+        parameters=sum(array.size for array in weights.values()), steps=training.local_steps,
+        learning_rate=training.learning_rate,
+    )  # fmt: skip
+    updates: dict[str, Arrays] = {}
+    losses: dict[str, float] = {}
+    reasons = session.excuses(answers)
+    for node, reply in sorted(answers.replies.items()):
+        member = session.members[node]
+        try:
+            if not isinstance(reply, TrainReply) or reply.site != member.site or reply.round != number:
+                raise ReplyError("an answer to another question", where="reply")
+            shapes = {name: array.shape for name, array in weights.items()}
+            screen_update(reply.arrays, expected=shapes, largest_norm=bound, loss=reply.loss)
+        except ReplyError as error:
+            reasons[member.site] = error.what
+            member.open_question = True
+            continue
+        member.note(reply.spent)
+        updates[member.site], losses[member.site] = reply.arrays, reply.loss
+    return updates, losses, reasons

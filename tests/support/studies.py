@@ -1,0 +1,50 @@
+"""Small studies that a test can afford.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from common.accounting import StudyPlan, plan_study
+from common.messages import Agreement
+from common.study import Study, parse_study
+
+TINY: dict[str, dict[str, Any]] = {
+    "study": {"name": "tiny", "modality": "radiology", "seed": 3},
+    "data": {"image_size": 16, "channels": 1, "classes": ["clear", "opacity"]},
+    "network": {"patch_size": 2, "width": 16, "depths": [1, 1], "heads": [2, 2], "window": 4},
+    "diffusion": {"timesteps": 100, "noise_multiplicity": 1},
+    "training": {"rounds": 2, "local_steps": 2, "sample_rate": 0.2},
+    "privacy": {"epsilon": 8.0, "delta": 1e-5, "accountant": "rdp"},
+    "federation": {"min_sites": 2, "timeout_seconds": 120},
+    "generation": {"images": 24, "steps": 4, "batch_size": 12},
+    "validation": {"steps": 4, "batch_size": 16, "reference_steps": 2, "bins": 8},
+    "simulation": {"sites": 3, "phantoms_per_site": 80},
+}
+
+
+def tiny_study(**sections: dict[str, Any]) -> Study:
+    """The tiny study with some settings changed: tiny_study(training={"rounds": 3})."""
+    raw = {name: {**values, **sections.get(name, {})} for name, values in TINY.items()}
+    return parse_study(raw, where="tiny")
+
+
+def tiny_toml(**sections: dict[str, Any]) -> str:
+    """The same as a study file's text."""
+    from common.study import study_toml
+
+    return study_toml(tiny_study(**sections))
+
+
+@lru_cache(maxsize=8)
+def _plan(study: Study) -> StudyPlan:
+    return plan_study(study)
+
+
+def agreement(study: Study | None = None) -> Agreement:
+    """A study with its solved plan."""
+    study = study or tiny_study()
+    return Agreement(study, _plan(study))

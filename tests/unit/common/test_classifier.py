@@ -1,0 +1,227 @@
+"""The biomarker classifier: learns, travels without loss, and lets no record move its private sum beyond the norm.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TypedDict
+
+import numpy as np
+import pytest
+import torch
+from opacus.validators import ModuleValidator
+from torch import nn
+
+from common.errors import DataError, ReplyError, StudyError
+from common.images import ImageSet, to_unit
+from common.model.classifier import BiomarkerClassifier, _clipped_sum, _record_gradients
+from common.model.timm_backbones import create_backbone, import_timm, without_batch_norm
+from common.study import ValidationConfig
+
+CONFIG = ValidationConfig(steps=12, batch_size=24, learning_rate=3e-3, reference_steps=1, backbone="test_byobnet")
+
+
+class Sizes(TypedDict):
+    classes: int
+    channels: int
+
+
+SIZES: Sizes = {"classes": 2, "channels": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: more threads only wait for each other, above all on busy machines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def easy(count: int, seed: int, side: int = 28) -> ImageSet:
+    """Class 1 has a bright disc; nine of ten records are class 0."""
+    draws = np.random.default_rng(seed)
+    labels = (draws.random(count) < 0.1).astype(np.int64)
+    labels[:2] = (0, 1)
+    pixels = draws.integers(0, 120, (count, 1, side, side))
+    rows, columns = np.mgrid[:side, :side]
+    disc = (rows - side / 2) ** 2 + (columns - side / 2) ** 2 < (side / 4) ** 2
+    pixels[labels == 1] += 100 * disc
+    return ImageSet(pixels.astype(np.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def trained() -> BiomarkerClassifier:
+    return BiomarkerClassifier.fit(easy(120, seed=0), **SIZES, config=CONFIG, seed=1)
+
+
+def test_training_beats_chance_on_a_rare_class(trained: BiomarkerClassifier) -> None:
+    test = easy(200, seed=5)
+    predicted = trained.predict(test.images)
+    assert predicted.shape == (200, 2) and predicted.dtype == np.float32
+    np.testing.assert_allclose(predicted.sum(axis=1), 1.0, atol=1e-5)
+    for k in (0, 1):
+        assert (predicted.argmax(axis=1) == k)[test.labels == k].mean() > 0.8
+
+
+def test_same_seed_gives_the_same_network_and_leaves_the_global_generator_alone(trained: BiomarkerClassifier) -> None:
+    torch.manual_seed(77)
+    expected = torch.rand(1)
+    torch.manual_seed(77)
+    steps: list[tuple[int, int]] = []
+    again = BiomarkerClassifier.fit(
+        easy(120, seed=0), **SIZES, config=CONFIG, seed=1, progress=lambda done, of: steps.append((done, of))
+    )
+    assert torch.equal(torch.rand(1), expected)
+    assert steps == [(step + 1, 12) for step in range(12)]
+    first, second = trained.state(), again.state()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_state_round_trip_gives_identical_predictions(trained: BiomarkerClassifier) -> None:
+    state = trained.state()
+    assert all(value.dtype == np.float32 for value in state.values())
+    rebuilt = BiomarkerClassifier.from_state(state, **SIZES, image_size=28, backbone=CONFIG.backbone)
+    images = easy(30, seed=6).images
+    assert np.array_equal(rebuilt.predict(images), trained.predict(images))
+    np.testing.assert_allclose(rebuilt.predict(images, batch=7), trained.predict(images), atol=1e-5)
+    assert rebuilt.predict(images[:0]).shape == (0, 2)
+
+
+def test_tampered_state_is_refused(trained: BiomarkerClassifier) -> None:
+    state = trained.state()
+    name = next(iter(state))
+    tampered = {
+        "names differ": {k: v for k, v in state.items() if k != name},
+        "names": {**state, "extra.weight": np.zeros(1, np.float32)},
+        "float32": {**state, name: state[name].ravel()[:-1]},
+        "float64": {**state, name: state[name].astype(np.float64)},
+        "NaN": {**state, name: np.full_like(state[name], np.nan)},
+    }
+    for message, bad in tampered.items():
+        with pytest.raises(ReplyError, match=message):
+            BiomarkerClassifier.from_state(bad, **SIZES, image_size=28, backbone=CONFIG.backbone)
+
+
+def test_weights_that_overflow_give_even_probabilities(trained: BiomarkerClassifier) -> None:
+    state = {name: np.full_like(value, 3e38) for name, value in trained.state().items()}
+    hostile = BiomarkerClassifier.from_state(state, **SIZES, image_size=28, backbone=CONFIG.backbone)
+    assert np.array_equal(hostile.predict(easy(3, seed=1).images), np.full((3, 2), 0.5, np.float32))
+
+
+def test_images_of_another_size_and_labels_out_of_range_are_refused(trained: BiomarkerClassifier) -> None:
+    with pytest.raises(DataError, match="28"):
+        trained.predict(easy(2, seed=0, side=32).images)
+    images = easy(4, seed=0)
+    with pytest.raises(DataError, match="label"):
+        BiomarkerClassifier.fit(images, classes=1, channels=1, config=CONFIG, seed=0)
+    with pytest.raises(DataError, match="3 channels"):
+        BiomarkerClassifier.fit(images, classes=2, channels=3, config=CONFIG, seed=0)
+    with pytest.raises(DataError, match="no images"):
+        BiomarkerClassifier.fit(images.select(np.zeros(0, np.int64)), **SIZES, config=CONFIG, seed=0)
+
+
+def private_sums(images: ImageSet, mask: np.ndarray, max_grad_norm: float) -> list[dict[str, torch.Tensor]]:
+    sums: list[dict[str, torch.Tensor]] = []
+
+    def noisy_mean(total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sums.append({name: value.clone() for name, value in total.items()})
+        return {name: torch.zeros_like(value) for name, value in total.items()}  # the weights stay where they are
+
+    BiomarkerClassifier.fit_private(
+        images, **SIZES, config=CONFIG, poisson_mask=lambda n: mask, noisy_mean=noisy_mean, seed=3,
+        max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    return sums
+
+
+def flat(total: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in total.values()])
+
+
+def test_removing_a_record_moves_the_private_sum_by_at_most_the_norm() -> None:
+    images = easy(70, seed=2)  # more than one physical batch
+    for bound in (0.05, 1.0):
+        mask = np.ones(70, dtype=bool)
+        whole = flat(private_sums(images, mask, bound)[0])
+        for left_out in (1, 69):
+            mask[:] = True
+            mask[left_out] = False
+            moved = float((whole - flat(private_sums(images, mask, bound)[0])).norm())
+            assert 0 < moved <= bound * (1 + 1e-4)
+            if bound == 0.05:  # every gradient is longer than this: the record must weigh in full
+                assert moved == pytest.approx(bound, rel=1e-3)
+
+
+def test_empty_poisson_batch_is_a_step_of_zeros() -> None:
+    sums = private_sums(easy(5, seed=2), np.zeros(5, dtype=bool), 1.0)
+    assert len(sums) == CONFIG.reference_steps
+    assert not any(flat(total).any() for total in sums)
+
+
+def test_private_sum_equals_the_loop_over_single_records() -> None:
+    images = easy(6, seed=4)
+    torch.manual_seed(0)
+    net = create_backbone(CONFIG.backbone, channels=1, classes=2, image_size=28)
+    expected = torch.zeros(sum(p.numel() for p in net.parameters()))
+    for pixels, label in zip(to_unit(images.images), images.labels, strict=True):
+        loss = nn.functional.cross_entropy(net(pixels[None]), torch.tensor([int(label)]))
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+        expected += gradient * min(1.0, 0.7 / float(gradient.norm()))
+    found = flat(_clipped_sum(net, _record_gradients(net), images, 0.7))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_record_with_an_infinite_gradient_contributes_nothing() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = ImageSet(np.full((3, 1, 2, 2), 9, np.uint8), np.zeros(3, np.int64))
+    honest = _record_gradients(net)
+
+    def broken(parameters: dict[str, torch.Tensor], pixels: torch.Tensor, labels: torch.Tensor):
+        gradients = honest(parameters, pixels, labels)
+        gradients["1.weight"][1] = math.inf
+        return gradients
+
+    rest = images.select(np.array([0, 2]))
+    torch.testing.assert_close(flat(_clipped_sum(net, broken, images, 1.0)), flat(_clipped_sum(net, honest, rest, 1.0)))
+
+
+def test_private_steps_follow_the_noisy_mean_and_the_seed_of_the_weights() -> None:
+    def run(seed: int, sign: float) -> dict[str, np.ndarray]:
+        return BiomarkerClassifier.fit_private(
+            easy(8, seed=0), **SIZES, config=CONFIG, poisson_mask=lambda n: np.ones(n, bool), seed=seed,
+            noisy_mean=lambda total: {name: sign * value / 8 for name, value in total.items()},
+        ).state()  # fmt: skip
+
+    first, same, opposite = run(1, 1.0), run(1, 1.0), run(1, -1.0)
+    assert all(np.array_equal(first[name], same[name]) for name in first)
+    assert any(not np.array_equal(first[name], opposite[name]) for name in first)
+
+
+def test_unknown_backbone_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(StudyError, match="test_resnet"):
+        create_backbone("test_resnett", channels=1, classes=2, image_size=28)
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "test_efficientnet", "test_resnet", "test_vit3"])
+def test_backbone_has_no_batch_statistics_and_takes_small_images(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_backbone(name, channels=3, classes=4, image_size=16)
+    assert not any("BatchNorm" in type(module).__name__ for module in net.modules())
+    assert ModuleValidator.validate(net, strict=False) == []
+    images = torch.rand(3, 3, 16, 16)
+    alone = torch.cat([net.eval()(image[None]) for image in images])
+    torch.testing.assert_close(net(images), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_group_norm_keeps_the_activation_that_timm_folds_into_its_norm() -> None:
+    import_timm()
+    from timm.layers import BatchNormAct2d
+
+    net = without_batch_norm(nn.Sequential(BatchNormAct2d(12)))
+    found = net(torch.randn(2, 12, 4, 4)).detach()
+    assert float(found.min()) == 0.0
+    assert [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)] == [6]

@@ -1,0 +1,82 @@
+"""The study file: one clear line for every mistake, the same hash for the same agreement."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import StudyError
+from common.study import load_study
+from support.studies import tiny_study, tiny_toml
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_study_written_out_reads_back_as_the_same_agreement(tmp_path):
+    study = load_study(_write(tmp_path, tiny_toml()))
+    assert study == tiny_study()
+    assert study.sha256 == tiny_study().sha256
+
+
+def test_any_changed_setting_changes_the_hash():
+    assert tiny_study(training={"rounds": 3}).sha256 != tiny_study().sha256
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "hint"),
+    [
+        ("rounds = 2", "round = 2", "training.", "rounds"),
+        ("sample_rate = 0.2", "sample_rte = 0.2", "training.sample_rte", "Did you mean 'sample_rate'?"),
+        ("epsilon = 8.0", "epsilon = -1.0", "privacy.epsilon", "greater than 0"),
+        ("delta = 1e-05", "delta = 2.0", "privacy.delta", "less than 1"),
+        ('accountant = "rdp"', 'accountant = "pvr"', "privacy.accountant", "'prv' or 'rdp'"),
+        ("channels = 1", "channels = 2", "data.channels", "1 or 3"),
+        ("image_size = 16", "image_size = 18", "network.patch_size", "divide"),
+        ("heads = [2, 2]", "heads = [3, 2]", "network.heads", "divide"),
+        ("min_sites = 2", "min_sites = 9", "federation.min_sites", "larger than simulation.sites"),
+        ("[privacy]", "[privcy]", "privcy", "Did you mean 'privacy'?"),
+        ("rounds = 2", "rounds = ", "study.toml", "not valid TOML"),
+    ],
+)
+def test_a_mistake_gives_one_line_with_file_field_and_remedy(tmp_path, old, new, field, hint):
+    text = tiny_toml()
+    assert old in text
+    path = _write(tmp_path, text.replace(old, new, 1))
+    with pytest.raises(StudyError) as caught:
+        load_study(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(path) in line
+    assert field in line
+    assert hint in line
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(StudyError, match=r"nowhere\.toml: cannot read the study file"):
+        load_study(tmp_path / "nowhere.toml")
+
+
+def test_overrides_change_one_setting_and_are_checked(tmp_path):
+    path = _write(tmp_path, tiny_toml())
+    assert load_study(path, ("training.rounds=5", "privacy.accountant=prv")).training.rounds == 5
+    for bad, hint in [("rounds=2", "--set"), ("training.rounds", "--set"), ("training.rouns=2", "'rounds'"),
+                      ("training.rounds=two", "training.rounds")]:  # fmt: skip
+        with pytest.raises(StudyError) as caught:
+            load_study(path, (bad,))
+        assert hint in str(caught.value)
+
+
+@given(st.text(max_size=40))
+def test_no_override_text_escapes_as_another_kind_of_error(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("s") / "study.toml"
+    path.write_text(tiny_toml())
+    try:
+        load_study(path, (text,))
+    except StudyError as error:
+        assert "\n" not in str(error)
