@@ -77,9 +77,9 @@ def status(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
         print(json.dumps(rows))
         return
     for row in rows:
+        spent = row["study"]
         print(
-            f"{row['name']}: epsilon {row['study']['train']:.3f} on train and {row['study']['holdout']:.3f} on held-out "
-            f"
+            f"{row['name']}: epsilon {spent['train']:.3f} on train and {spent['holdout']:.3f} on held-out "
             f"records in this study (delta {privacy.delta:g}); all studies {max(row['all_studies'].values()):.3f} of "
             f"{row['ceiling']:g}; {row['reserved']} requests reserved, {row['confirmed']} confirmed"
         )

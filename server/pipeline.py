@@ -9,11 +9,13 @@ images, an answer that a site has stored, is never made or paid for twice.
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
 
 from common.messages import Agreement
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
+from server.memory import MemoryWatch
 from server.progress import Progress
 from server.session import Session
 from server.stages.enrol import enrol
@@ -40,11 +42,15 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
     folder.event("begin", study=session.agreement.study.sha256)
     began = time.monotonic()
     try:
-        enrol(session)
-        state = train(session)
-        synthetic = generate(session, state)
-        validation = validate(session, synthetic)
-        report = release(session, state, synthetic, validation, seconds=_seconds_before(folder, began))
+        with MemoryWatch() as memory:
+            enrol(session)
+            state = train(session)
+            synthetic = generate(session, state)
+            validation = validate(session, synthetic)
+        report = release(
+            session, state, synthetic, validation.merged, validation.by_site, validation.prevalence,
+            seconds=_seconds_before(folder, began), peak_memory_mb=memory.peak_mb,
+        )
     finally:
         folder.event("end", seconds=round(time.monotonic() - began, 2))
     return report
@@ -52,8 +58,6 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
 
 def _seconds_before(folder: RunFolder, began: float) -> float:
     """Working time of the run over all its processes; a killed one counts to its last event."""
-    from datetime import datetime
-
     total, first, last = 0.0, None, None
     for event in folder.events():
         at = datetime.fromisoformat(event["at"])

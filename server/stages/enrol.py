@@ -38,6 +38,7 @@ def enrol(session: Session) -> None:
     for site, reason in reasons.items():
         session.progress.warn(f"{site}: {reason}", site=site)
     session.require(len(session.members), reasons, "enrol")
+    session.members = dict(sorted(session.members.items(), key=lambda item: item[1].site))
     for member in session.members.values():
         session.progress.step(
             "enrol", len(session.members), len(session.members),

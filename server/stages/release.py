@@ -1,0 +1,120 @@
+"""Release: figures, claim, report and bundle from what the other stages have kept.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from common.accounting import epsilon_of
+from common.claims import Claim, MechanismClaim, SiteClaim
+from common.files import write_json
+from common.images import ImageSet
+from common.metrics import Estimate, Figures, chance
+from server.checkpoints import Checkpoint
+from server.release.bundle import write_release
+from server.release.report import ReportInputs, SiteRow, ValidationRow
+from server.session import Session
+
+UNPROTECTED = (
+    "that a site took part, refused or failed",
+    "how long its answers took",
+    "the study's settings, the number of rounds and what the plan cost",
+)
+_NAMES = {
+    "synthetic": "trained on the synthetic images",
+    "reference": "reference: trained on real images at each site, privately",
+}
+
+
+def release(
+    session: Session, state: Checkpoint, synthetic: ImageSet, merged: dict[str, Figures],
+    by_site: dict[str, dict[str, Figures]], prevalence: list[float], *, seconds: float, peak_memory_mb: float,
+) -> Path:  # fmt: skip
+    """Write metrics.json and the release; returns the report's path."""
+    import numpy as np
+
+    session.progress.stage("release", "writing the report and the synthetic set")
+    study, members = session.agreement.study, sorted(session.members.values(), key=lambda m: m.site)
+    claim = claim_of(session)
+    rows = [ValidationRow(_NAMES[name], f.auc_macro, f.f1_macro, f) for name, f in merged.items()]
+    guess = chance(len(study.data.classes), np.asarray(prevalence))
+    rows.append(ValidationRow("chance", _exactly(guess.auc), _exactly(guess.f1_macro)))
+    sites = [
+        SiteRow(
+            m.site, m.counts, sum(m.site in row.accepted for row in state.rows),
+            sum(m.site in row.rejected for row in state.rows),
+            by_site[m.site]["synthetic"].auc_macro if m.site in by_site else None,
+        )
+        for m in members
+    ]  # fmt: skip
+    write_json(session.folder.path / "metrics.json", {
+        "study": study.study.name, "sha256": study.sha256, "images": len(synthetic), "rounds": state.round,
+        "minutes": round(seconds / 60, 2), "peak_memory_mb": round(peak_memory_mb, 1), "machine": _machine(),
+        "phantoms": claim.phantoms,
+        "epsilon": {"ceiling": study.privacy.epsilon, "delta": study.privacy.delta, "max": claim.epsilon_max,
+                    "sum": claim.epsilon_sum, "sites": {s.site: s.epsilon for s in claim.sites}},
+        "validation": [
+            {"name": row.name, "auc_macro": row.auc_macro.to_json(), "f1_macro": row.f1_macro.to_json(),
+             "per_class": None if row.figures is None else row.figures.to_json()} for row in rows
+        ],
+        "by_site": {s: {n: f.to_json() for n, f in figures.items()} for s, figures in by_site.items()},
+        "loss": [row.loss for row in state.rows],
+    })  # fmt: skip
+    warnings = [event["text"] for event in session.folder.events() if event["event"] == "warning"]
+    return write_release(session.folder.path, ReportInputs(
+        run=session.folder.path.name, finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        minutes=seconds / 60, peak_memory_mb=peak_memory_mb, machine=_machine(), study=study, claim=claim, rounds=state.rows,
+        synthetic=synthetic, validation=rows, sites=sites, warnings=warnings,
+    ))  # fmt: skip
+
+
+def claim_of(session: Session) -> Claim:
+    """The claim, from what each site's ledger reported last; from the whole plan where an answer is outstanding."""
+    study, plan = session.agreement.study, session.agreement.plan
+    privacy, members = study.privacy, session.members.values()
+
+    def planned(partition: str) -> float:
+        losses = plan.losses("train" if partition == "train" else "holdout")
+        return epsilon_of(losses, delta=privacy.delta, accountant=privacy.accountant)
+
+    sites = tuple(
+        SiteClaim(m.site, planned("train"), planned("holdout"), "plan") if m.open_question
+        else SiteClaim(m.site, m.spent.train, m.spent.holdout, "ledger")
+        for m in sorted(members, key=lambda m: m.site)
+    )  # fmt: skip
+    return Claim(
+        study=study.study.name, study_sha256=study.sha256, unit=privacy.unit, delta=privacy.delta,
+        epsilon_ceiling=privacy.epsilon, accountant=privacy.accountant, trust_model=privacy.trust,
+        phantoms=all(m.phantoms for m in members),
+        random_source="; ".join(sorted({m.random_source for m in members})),
+        mechanisms=tuple(
+            MechanismClaim(p.name, p.partition, p.noise_multiplier, p.sample_rate, p.steps * p.releases, p.sensitivity)
+            for p in plan.mechanisms
+        ),
+        sites=sites, unprotected=UNPROTECTED, libraries=_libraries(),
+    )  # fmt: skip
+
+
+def _exactly(value: float) -> Estimate:
+    return Estimate(value, float("nan"), float("nan"))
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in ("synthward", "torch", "opacus", "flwr", "timm", "numpy", "cryptography"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout or bundle that is not installed
+            continue
+    return found
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+

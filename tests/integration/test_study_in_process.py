@@ -1,0 +1,247 @@
+"""The whole path with both real apps in one process: honest sites, bad sites, stops and resumes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.grid import InProcessGrid
+from support.sites import site_toml
+from support.studies import agreement, tiny_study
+
+from client.privacy.ledger import Ledger
+from common.accounting import plan_study
+from common.claims import Claim
+from common.errors import FederationError, StorageError
+from server import pipeline
+from server.checkpoints import RunFolder
+from server.federation.sites import SiteGroup
+from server.progress import Progress
+from server.release.bundle import verify_checksums
+
+STUDY = tiny_study()
+
+
+class _Run:
+    def __init__(self, tmp_path, study=STUDY, policies=("", "", "")):
+        plan = agreement(study).plan if study == STUDY else plan_study(study)
+        self.study = study
+        self.folder = RunFolder.create(tmp_path / "runs", study, plan)
+        self.files = []
+        for index, policy in enumerate(policies):
+            path = tmp_path / "hospitals" / f"site-{index + 1}.toml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(site_toml(name=f"site-{index + 1}", index=index, policy=policy))
+            self.files.append(path)
+        self.out = io.StringIO()
+        self.grid = InProcessGrid(self.files)
+
+    def go(self, timeout=20.0):
+        self.grid = self.grid or InProcessGrid(self.files)
+        group = SiteGroup(self.grid, timeout_seconds=timeout)
+        return pipeline.run(RunFolder.open(self.folder.path), group, Progress(self.folder, self.out))
+
+    def ledger(self, number):
+        return Ledger(self.files[number - 1].parent / f"site-{number}" / "ledger.sqlite")
+
+    def metrics(self):
+        return json.loads((self.folder.path / "metrics.json").read_text())
+
+    def claim(self):
+        return Claim.from_json(json.loads((self.folder.path / "privacy.json").read_text()))
+
+
+def test_a_study_runs_to_a_release_and_never_passes_its_epsilon(tmp_path):
+    run = _Run(tmp_path)
+    report = run.go()
+    text = report.read_text()
+    assert "PHANTOMS" in text
+    assert not re.search(r"<script|@import|url\(|(src|href)=.(http|//)", text)  # nothing is loaded from anywhere
+    with np.load(run.folder.path / "synthetic" / "synthetic.npz", allow_pickle=False) as made:
+        assert made["train_images"].shape == (24, 16, 16)
+        assert set(np.unique(made["train_labels"])) == {0, 1}
+    assert len(list((run.folder.path / "synthetic" / "png").rglob("*.png"))) == 24
+    assert verify_checksums(run.folder.path) == []
+    claim = run.claim()
+    for number in (1, 2, 3):
+        spent = run.ledger(number).spent(delta=1e-5, accountant="rdp")
+        assert max(spent.values()) == pytest.approx(claim.sites[number - 1].epsilon)
+        assert 0 < max(spent.values()) <= STUDY.privacy.epsilon
+    names = [row["name"] for row in run.metrics()["validation"]]
+    assert names[0].startswith("trained on the synthetic")
+    assert names[1].startswith("reference")
+    assert names[2] == "chance"
+    assert {event["event"] for event in run.folder.events()} >= {"begin", "stage", "step", "end"}
+
+
+def test_a_changed_released_file_is_noticed(tmp_path):
+    run = _Run(tmp_path)
+    run.go()
+    (run.folder.path / "privacy.json").write_text("{}")
+    (run.folder.path / "synthetic" / "png" / "extra.png").write_bytes(b"x")
+    assert verify_checksums(run.folder.path) == ["privacy.json was changed", "synthetic/png/extra.png is not listed"]
+
+
+def _nan(reply):
+    arrays = {name: array.copy() for name, array in reply.arrays.items()}
+    next(iter(arrays.values())).flat[0] = np.nan
+    return replace(reply, arrays=arrays)
+
+
+TAMPERINGS = {
+    "not finite": _nan,
+    "over the bound": lambda r: replace(r, arrays={n: a + np.float32(1e3) for n, a in r.arrays.items()}),
+    "has shape": lambda r: replace(r, arrays={**r.arrays, "embed.weight": np.zeros((2, 2), np.float32)}),
+    "wrong names": lambda r: replace(r, arrays={"other": np.zeros(2, np.float32)}),
+    "not float32": lambda r: replace(r, arrays={n: a.astype(np.float64) for n, a in r.arrays.items()}),
+    "another question": lambda r: replace(r, round=99),
+}
+
+
+@pytest.mark.parametrize("reason", list(TAMPERINGS))
+def test_a_bad_reply_is_dropped_named_and_counted_and_the_study_goes_on(tmp_path, reason):
+    run = _Run(tmp_path)
+    tamper = TAMPERINGS[reason]
+    run.grid.tamper[2] = lambda reply: tamper(reply) if reply.stage == "train" else reply
+    run.go()
+    rows = run.folder.last_checkpoint().rows
+    assert [row.accepted for row in rows] == [["site-1", "site-3"]] * 2
+    assert all(reason in row.rejected["site-2"] for row in rows)
+    assert "site-2" in run.out.getvalue()
+
+
+def test_a_silent_and_a_crashed_site_are_named_and_their_whole_planned_cost_is_claimed(tmp_path):
+    run = _Run(tmp_path, tiny_study(federation={"min_sites": 1}))
+    original = run.grid.push_messages
+
+    def push(messages):
+        messages = list(messages)
+        if messages[0].metadata.message_type == "evaluate":
+            run.grid.silent, run.grid.crashed = {2}, {3}
+        return original(messages)
+
+    run.grid.push_messages = push
+    run.go(timeout=8.0)
+    claim = run.claim()
+    assert [site.basis for site in claim.sites] == ["ledger", "plan", "plan"]
+    assert claim.sites[1].epsilon_holdout > 7
+    assert "no answer before the deadline" in run.out.getvalue()
+    assert "process failed" in run.out.getvalue()
+
+
+def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkpoint(tmp_path):
+    run = _Run(tmp_path)
+    run.grid.crashed = set()
+    original = run.grid.push_messages
+    trained = []
+
+    def push(messages):
+        messages = list(messages)
+        if messages[0].metadata.message_type == "train":
+            trained.append(1)
+            run.grid.crashed = {2, 3} if len(trained) == 2 else set()
+        return original(messages)
+
+    run.grid.push_messages = push
+    with pytest.raises(FederationError, match="1 usable answers in 'train', 2 needed.*site-2"):
+        run.go()
+    assert run.folder.last_checkpoint().round == 1
+    run.grid = InProcessGrid(run.files)
+    run.go()
+    assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
+    assert run.ledger(1).counts(STUDY.sha256)[0] == 1 + 2 + 2  # counts, two rounds, reference and evaluation: no more
+    assert run.ledger(2).counts(STUDY.sha256)[0] == 1 + 2 + 2
+
+
+def test_a_second_pass_over_a_finished_run_spends_nothing(tmp_path):
+    run = _Run(tmp_path)
+    run.go()
+    before = [run.ledger(n).counts(STUDY.sha256) for n in (1, 2, 3)]
+    claim = run.claim()
+    run.go()
+    assert [run.ledger(n).counts(STUDY.sha256) for n in (1, 2, 3)] == before
+    assert run.claim().same_as(claim)
+
+
+def test_a_site_whose_policy_forbids_the_study_is_left_out_with_its_reason(tmp_path):
+    run = _Run(tmp_path, policies=("", "max_epsilon = 2.0", ""))
+    run.go()
+    assert "site-2" not in run.metrics()["epsilon"]["sites"]
+    assert "epsilon 8 asked, 2 allowed" in run.out.getvalue()
+    assert run.ledger(2).counts(STUDY.sha256) == (0, 0)
+
+
+def test_a_round_that_was_paid_for_but_lost_ends_training_early_not_over_the_ceiling(tmp_path, monkeypatch):
+    """Every site is killed in the middle of round 1: one round's budget is gone, one round is left."""
+    import client.stages.train as stage
+
+    run = _Run(tmp_path)
+    original = stage._Step.noisy_sum
+    monkeypatch.setattr(stage._Step, "noisy_sum", lambda self: 1 / 0)
+    with pytest.raises(FederationError, match="the site failed"):
+        run.go()
+    monkeypatch.setattr(stage._Step, "noisy_sum", original)
+    run.go()
+    assert run.folder.last_checkpoint().round == 1
+    assert "training ends after round 1" in run.out.getvalue()
+    assert max(site.epsilon for site in run.claim().sites) <= STUDY.privacy.epsilon
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    run = _Run(tmp_path)
+    run.go()
+    newest = run.folder.path / "checkpoints" / "round-00002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert run.folder.last_checkpoint().round == 1
+
+
+def test_an_exception_at_a_site_tells_the_server_nothing_about_its_data(tmp_path, monkeypatch):
+    import client.app as app
+
+    def leak(*_):
+        raise ValueError("patient 4711 has pixel value 3")
+
+    run = _Run(tmp_path)
+    monkeypatch.setattr(app, "enrol", leak)
+    with pytest.raises(FederationError) as caught:
+        run.go()
+    assert "4711" not in str(caught.value)
+    assert "4711" not in run.out.getvalue()
+    assert "4711" in (run.files[0].parent / "site-1" / "site.log").read_text()
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    import errno
+    import os
+
+    run = _Run(tmp_path)
+    original = os.fsync
+    state = {"full": False}
+
+    def fsync(handle):
+        if state["full"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(handle)
+
+    saved = RunFolder.save_checkpoint
+
+    def save(self, checkpoint):
+        state["full"] = checkpoint.round == 2
+        try:
+            saved(self, checkpoint)
+        finally:
+            state["full"] = False
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+    with pytest.raises(StorageError, match="no space left"):
+        run.go()
+    monkeypatch.undo()
+    assert run.folder.last_checkpoint().round == 1
+    assert not list(run.folder.path.rglob(".round-*"))
+    run.go()
+    assert run.folder.last_checkpoint().round == 2
