@@ -1,19 +1,33 @@
 # The one face of the project: make demo, make test; `make help` lists the rest.
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# The first Python on the path that fits `requires-python`; or say it: make install PYTHON=/path/to/python3.11
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	2>/dev/null && command -v $$p && break; done)
+
+# Flower neither phones home nor installs anything by itself; idle OpenMP threads sleep.
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+export UV_OFFLINE = 1
+export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
-.PHONY: help install demo test test-all lint fmt clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint fmt report clean
+
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(VENV)/.stamp  ## make .venv, or bring it up to date
 
+# A virtual environment that is missing, half made, moved or of another Python is made anew; else it is brought up to
+# date. The stamp is written last, so an installation that was cut off is taken up by the next call.
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+		test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv on the path. Install python3.11-venv, or give PYTHON=..." >&2; exit 2; }; \
+		echo "making $(VENV) with $(PYTHON) ..."; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing into $(VENV); some minutes the first time ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
@@ -31,11 +45,14 @@ lint: install    ## ruff, types, import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 fmt: install     ## format, and mend what ruff can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+report:          ## where the newest run's report is
+	@ls -t runs/*/report.html 2>/dev/null | head -n 1 | grep . || { echo "no report under runs/: make demo makes one" >&2; exit 1; }
+
 clean:           ## remove what was built, but no run
-	@rm -rf $(VENV) build dist *.egg-info .ruff_cache .pytest_cache .hypothesis *.fab
+	@rm -rf $(VENV) build dist *.egg-info .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.fab

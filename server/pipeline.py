@@ -48,8 +48,14 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
             synthetic = generate(session, state)
             validation = validate(session, synthetic)
         report = release(
-            session, state, synthetic, validation.merged, validation.by_site, validation.prevalence,
-            seconds=_seconds_before(folder, began), peak_memory_mb=memory.peak_mb,
+            session,
+            state,
+            synthetic,
+            validation.merged,
+            validation.by_site,
+            validation.prevalence,
+            seconds=_seconds_before(folder, began),
+            peak_memory_mb=memory.peak_mb,
         )
     finally:
         folder.event("end", seconds=round(time.monotonic() - began, 2))

@@ -85,7 +85,7 @@ def render_report(inputs: ReportInputs) -> str:
 
 
 def estimate_text(estimate: Estimate | None) -> str:
-    """"0.912 [0.880, 0.941]", or a dash where there is no figure."""
+    """ "0.912 [0.880, 0.941]", or a dash where there is no figure."""
     if estimate is None or estimate.value != estimate.value:
         return "–"
     if estimate.low != estimate.low or estimate.high != estimate.high:

@@ -69,7 +69,8 @@ def release(
     warnings = [event["text"] for event in session.folder.events() if event["event"] == "warning"]
     return write_release(session.folder.path, ReportInputs(
         run=session.folder.path.name, finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        minutes=seconds / 60, peak_memory_mb=peak_memory_mb, machine=_machine(), study=study, claim=claim, rounds=state.rows,
+        minutes=seconds / 60, peak_memory_mb=peak_memory_mb, machine=_machine(), study=study, claim=claim,
+        rounds=state.rows,
         synthetic=synthetic, validation=rows, sites=sites, warnings=warnings,
     ))  # fmt: skip
 
@@ -117,4 +118,3 @@ def _libraries() -> dict[str, str]:
 
 def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-

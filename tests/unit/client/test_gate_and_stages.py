@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from support.sites import open_phantom_site
-from support.studies import agreement, tiny_study
 
 import client.privacy.gate as gate_module
 import client.stages.train as train_module
@@ -25,6 +23,8 @@ from common.accounting import LOSS_SHARE, PrivacyLoss
 from common.errors import BudgetError, PolicyRefusal, ReplyError
 from common.messages import EnrolReply, EnrolRequest, TrainReply, TrainRequest, encode, identity
 from common.model.swin_unet import SwinUNet
+from support.sites import open_phantom_site
+from support.studies import agreement, tiny_study
 
 STUDY = tiny_study()
 

@@ -1,0 +1,43 @@
+"""The container files are well-formed and name commands and files that exist. (No engine runs them here.)"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.paths import REPOSITORY
+
+DOCKER = REPOSITORY / "docker"
+INSTRUCTIONS = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_a_dockerfile_is_well_formed_and_starts_flowers_own_command(name):
+    lines = (DOCKER / f"{name}.Dockerfile").read_text().splitlines()
+    rows = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert rows[0][0] == "FROM"
+    assert {row[0] for row in rows} <= INSTRUCTIONS
+    by_name = dict(rows)
+    (command,) = json.loads(by_name["ENTRYPOINT"])
+    assert shutil.which(command, path=str(Path(sys.executable).parent))
+    assert all(isinstance(part, str) for part in json.loads(by_name["CMD"]))
+    assert by_name["USER"] != "root"
+    for copied in (row[1].split()[:-1] for row in rows if row[0] == "COPY"):
+        for source in copied:
+            assert (REPOSITORY / source).exists(), source
+
+
+def test_the_compose_file_starts_one_coordinator_and_three_sites_and_publishes_on_loopback_only():
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = compose["services"]
+    assert set(services) == {"coordinator", "site-1", "site-2", "site-3"}
+    for service in services.values():
+        assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+        for port in service.get("ports", []):
+            assert re.match(r"127\.0\.0\.1:", port)
