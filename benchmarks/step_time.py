@@ -45,9 +45,10 @@ def main() -> None:
             loss(net, x, y, generator=generator).mean().backward()
 
         def clipped(net=net, loss=loss, x=x, y=y, generator=generator):
-            clipped_gradient_sum(
-                net, lambda a, b: loss(net, a, b, generator=generator), x, y, max_grad_norm=1.0, physical_batch=records
-            )
+            def per_record(a, b):
+                return loss(net, a, b, generator=generator)
+
+            clipped_gradient_sum(net, per_record, x, y, max_grad_norm=1.0, physical_batch=len(y))
 
         times: dict[str, list[float]] = {"plain": [], "clipped": []}
         for _ in range(arguments.repeats + 1):

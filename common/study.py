@@ -22,10 +22,10 @@ from common.errors import StudyError
 Modality = Literal["radiology", "ophthalmology", "histopathology"]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True):
     """Base of all settings: frozen, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class StudyInfo(Settings):

@@ -3,12 +3,12 @@
 # Not yet run under a Docker engine by us; the full deployment is later work.
 FROM python:3.11-slim
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY common common
 COPY client client
 COPY server server
 RUN pip install --no-cache-dir --constraint constraints.txt .
-ENV FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 OMP_WAIT_POLICY=passive
+ENV FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 UV_OFFLINE=1 OMP_WAIT_POLICY=passive
 RUN useradd --create-home site
 USER site
 VOLUME ["/site", "/certificates"]

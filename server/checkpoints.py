@@ -65,10 +65,8 @@ class RunFolder:
             StorageError: it cannot be written.
         """
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        for extra in ("", *(f"-{n}" for n in range(2, 100))):
-            path = parent / f"{study.study.name}-{stamp}{extra}"
-            if not path.exists():
-                break
+        names = (f"{study.study.name}-{stamp}{extra}" for extra in ("", *(f"-{n}" for n in range(2, 1000))))
+        path = next(parent / name for name in names if not (parent / name).exists())
         atomic_write(path / "study.toml", study_toml(study).encode())
         atomic_write(path / "study.sha256", f"{study.sha256}\n".encode())
         write_json(path / "plan.json", plan.to_json())

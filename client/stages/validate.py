@@ -64,11 +64,15 @@ def _reference(site: Site, gate: Gate, plan: MechanismPlan, request: ValidateReq
     """
     study = request.agreement.study
     kept = site.state / f"reference-{study.sha256[:16]}.safetensors"
-    shape = {"classes": len(study.data.classes), "channels": study.data.channels}
+    classes, channels = len(study.data.classes), study.data.channels
     if kept.exists():
         state = unpack_arrays(kept.read_bytes(), where=str(kept))
         return BiomarkerClassifier.from_state(
-            state, **shape, image_size=study.data.image_size, backbone=study.validation.backbone
+            state,
+            classes=classes,
+            channels=channels,
+            image_size=study.data.image_size,
+            backbone=study.validation.backbone,
         )
     try:
         with gate.spend(plan) as permit:
@@ -78,7 +82,7 @@ def _reference(site: Site, gate: Gate, plan: MechanismPlan, request: ValidateReq
                 return {name: part / request.expected_reference_batch for name, part in noisy.items()}
 
             trained = BiomarkerClassifier.fit_private(
-                site.splits.train, **shape, config=study.validation, noisy_mean=noisy_mean,
+                site.splits.train, classes=classes, channels=channels, config=study.validation, noisy_mean=noisy_mean,
                 poisson_mask=lambda records: permit.sample(plan.name, records),
                 max_grad_norm=plan.sensitivity, seed=study.study.seed,
                 learning_rate=study.validation.reference_learning_rate,

@@ -37,7 +37,8 @@ def sample(
         float32 (n, C, H, W), within [-clip, clip].
     """
     net.eval()
-    times = _times(schedule.timesteps, min(config.steps, schedule.timesteps))
+    spread = _even_in_lambda if config.sampler == "dpm-solver++" else _even_in_time
+    times = spread(schedule, min(config.steps, schedule.timesteps))
     x = torch.randn(len(labels), *shape, generator=generator)
 
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -50,9 +51,20 @@ def sample(
     return _ddpm_or_ddim(x, times, schedule, denoise, generator if config.sampler == "ancestral" else None)
 
 
-def _times(timesteps: int, steps: int) -> list[int]:
+def _even_in_time(schedule: NoiseSchedule, steps: int) -> list[int]:
     """`steps` time steps from the last to the first, evenly spread."""
-    return [round(v) for v in torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).tolist()]
+    return [round(v) for v in torch.linspace(schedule.timesteps - 1, 0, steps, dtype=torch.float64).tolist()]
+
+
+def _even_in_lambda(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """At most `steps` time steps, evenly spread in lambda, as a multistep solver wants them (Lu et al. 2022, 5).
+
+    Spread evenly in time, the cosine schedule's last steps are so long in lambda that 20 of them gave a standard
+    deviation a quarter too large on a known distribution. Below lambda = -5 nothing but noise is left to see.
+    """
+    lam = 0.5 * (schedule.alphas_bar.log() - (1 - schedule.alphas_bar).log())
+    wanted = torch.linspace(max(-5.0, lam[-1].item()), lam[0].item(), steps, dtype=torch.float64)
+    return sorted({int((lam - value).abs().argmin()) for value in wanted}, reverse=True)
 
 
 def _noise(net: nn.Module, x: Tensor, t: int, labels: Tensor, guidance: float) -> Tensor:

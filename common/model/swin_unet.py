@@ -10,6 +10,7 @@ layer sees (B, K·T, D) or (B, K, E), so its gradient splits by record exactly.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,7 @@ class SwinUNet(nn.Module):
         for level in reversed(range(len(self.up))):
             h = _unfold(self._run(self.split[level], h), self.side // 2 ** (level + 1))
             h = self._run(self.join[level], torch.cat([h, skips[level]], dim=-1))
-            for block in self.up[level]:  # pyright: ignore[reportGeneralTypeIssues]
+            for block in cast(nn.ModuleList, self.up[level]):
                 h = block(h, condition)
         shift, scale = self.last_condition(condition).chunk(2, dim=-1)
         return self._from_patches(self._run(self.head, modulate(h, shift, scale)))

@@ -61,7 +61,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_bundle_has_all_of_our_code_and_every_study_file(bundle: zipfile.ZipFile):
     names = set(bundle.namelist())
     code = {name for name in tracked() if name.split("/")[0] in ("common", "client", "server") and name.endswith(".py")}
-    studies = {name for name in tracked() if PurePosixPath(name).match("configs/*.toml")} - {"configs/site.example.toml"}
+    studies = {name for name in tracked() if PurePosixPath(name).match("configs/*.toml")} - {
+        "configs/site.example.toml"
+    }
     assert len(code) >= 45
     assert len(studies) >= 2
     assert code | studies | {"pyproject.toml", "LICENSE"} <= names

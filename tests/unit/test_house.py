@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -75,3 +77,66 @@ def test_the_site_example_is_a_site_file():
     from client.site import load_site_config
 
     assert load_site_config(REPOSITORY / "configs" / "site.example.toml").name == "hospital-a"
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_nothing_of_ours_pickles_under_any_name():
+    pickles = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    under_cover = re.compile(r"torch\.(load|save)\(|allow_pickle\s*=\s*True")
+    for path in FILES:
+        text = path.read_text()
+        assert not {name.split(".")[0] for name in _imported(ast.parse(text))} & pickles, path
+        assert not under_cover.search(text), path
+
+
+def test_only_the_gate_makes_what_may_leave():
+    """The type is imported for annotations; the call and the key stay in one file."""
+    makers = set()
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        names = {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+        if "Released" in names or "client.privacy.gate._KEY" in _imported(tree):
+            makers.add(path.relative_to(REPOSITORY).as_posix())
+    assert makers == {"client/privacy/gate.py"}
+
+
+def test_constraints_pin_every_direct_dependency_to_one_plain_version():
+    """A local version such as 2.13.0+cpu would exist on one machine only."""
+    pinned = set()
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        match = re.fullmatch(r"([A-Za-z0-9_.-]+)==[0-9][0-9A-Za-z.]*", line)
+        assert match, line
+        pinned.add(re.sub(r"[-_.]+", "-", match[1]).lower())
+    direct = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ]", wanted, maxsplit=1)[0]).lower() for wanted in direct}
+    assert len(names) >= 20
+    assert names <= pinned
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "banned"),
+    [
+        ("server/probe.py", "import pickle\n\nprint(pickle)\n", True),
+        ("client/probe.py", "import pickle\n\nprint(pickle)\n", True),
+        ("client/privacy/probe.py", "import torch\n\nprint(torch.randn_like(torch.zeros(2)))\n", True),
+        ("client/data/probe.py", "import numpy as np\n\nprint(np.random.normal())\n", True),
+        ("client/probe.py", "import torch\n\nprint(torch.zeros(2))\n", False),
+    ],
+)
+def test_the_linter_refuses_banned_names_where_they_are_banned(place, code, banned):
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251", "--stdin-filename", place, "-"],
+        cwd=REPOSITORY, input=code, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ("TID251" in result.stdout) == banned, result.stdout + result.stderr
+    assert result.returncode == int(banned), result.stdout + result.stderr

@@ -1,0 +1,181 @@
+"""Averaging, moving average, labels, kept batches, checkpoints and release files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import CheckpointError
+from common.images import ImageSet, to_uint8, to_unit
+from common.optimizer import largest_update_norm
+from server.checkpoints import Checkpoint, RoundRow, RunFolder
+from server.federation.aggregation import average, moving_average
+from server.release.bundle import verify_checksums
+from server.release.formats import contact_sheet, write_npz, write_pngs
+from server.stages.train import _initial
+from server.synthesis.generation import generate, load_generated, planned_labels
+from support.studies import agreement, tiny_study
+
+STUDY = tiny_study()
+
+
+def test_sites_are_weighed_by_their_noisy_counts():
+    updates = {"a": {"w": np.array([1.0], np.float32)}, "b": {"w": np.array([4.0], np.float32)}}
+    mean = average(updates, {"a": 300.0, "b": 100.0, "absent": 999.0})
+    assert mean["w"].dtype == np.float32
+    np.testing.assert_allclose(mean["w"], [1.75])
+
+
+def test_the_moving_average_follows_slowly_and_forgets_the_first_weights():
+    ema, weights = {"w": np.zeros(1, np.float32)}, {"w": np.ones(1, np.float32)}
+    once = moving_average(ema, weights, decay=0.99, steps=10, step=10_000)
+    np.testing.assert_allclose(once["w"], [1 - 0.99**10], rtol=1e-5)
+    early = moving_average(ema, weights, decay=0.99, steps=10, step=10)
+    assert early["w"][0] > 0.99
+
+
+@pytest.mark.parametrize("counts", [[300.0, 100.0], [1000.0, -5.0], [-3.0, -4.0], [1e-9, 1.0]])
+def test_labels_follow_the_private_counts_with_every_class_present(counts):
+    labels = planned_labels(counts, 40, seed=1)
+    assert len(labels) == 40
+    numbers = np.bincount(labels, minlength=2)
+    assert numbers.min() >= 1
+    if counts[0] == 300.0:
+        assert numbers.tolist() == [30, 10]
+
+
+def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
+    _, ema = _initial(STUDY)
+    labels = planned_labels([1, 1], 24, seed=0)
+    whole = generate(STUDY, ema, labels, tmp_path / "a")
+    seen = []
+    generate(STUDY, ema, labels, tmp_path / "b", on_batch=lambda done, total: seen.append((done, total)))
+    assert seen == [(12, 24), (24, 24)]
+    (tmp_path / "b" / "batch-00001.npz").write_bytes(b"cut short")
+    with pytest.raises(CheckpointError):
+        load_generated(tmp_path / "b", labels, STUDY)
+    again = generate(STUDY, ema, labels, tmp_path / "b")
+    assert np.array_equal(whole.images, again.images)
+    assert np.array_equal(load_generated(tmp_path / "b", labels, STUDY).images, whole.images)
+
+
+def test_a_run_folder_never_overwrites_another(tmp_path):
+    first = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    second = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    assert first.path != second.path
+    assert first.study() == STUDY
+    assert first.plan() == agreement().plan
+    assert first.study().sha256 == (first.path / "study.sha256").read_text().strip()
+
+
+def test_a_changed_study_file_is_noticed_before_a_resume(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    path = folder.path / "study.toml"
+    path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 9.0"))
+    with pytest.raises(CheckpointError, match="changed after the run began"):
+        folder.study()
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def _checkpoint(number):
+    weights = {"w": np.full((2, 2), number, np.float32)}
+    row = RoundRow(number, 0.5, {"a": 1.0}, ["a"], {"b": "no"}, 2.0)
+    return Checkpoint(number, weights, weights, [row])
+
+
+def test_checkpoints_read_back_and_only_the_last_few_are_kept(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    assert folder.last_checkpoint() is None
+    for number in range(1, 7):
+        folder.save_checkpoint(_checkpoint(number))
+    last = folder.last_checkpoint()
+    assert last is not None
+    assert last.round == 6
+    assert last.rows == _checkpoint(6).rows
+    assert np.array_equal(last.ema["w"], _checkpoint(6).ema["w"])
+    assert len(list((folder.path / "checkpoints").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_damaged_checkpoints_are_passed_over_and_all_damaged_is_an_error(tmp_path, damage):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    for number in (1, 2):
+        folder.save_checkpoint(_checkpoint(number))
+    files = sorted((folder.path / "checkpoints").glob("*.safetensors"))
+    for file in reversed(files):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        if file is files[1]:
+            kept = folder.last_checkpoint()
+            assert kept is not None
+            assert kept.round == 1
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        folder.last_checkpoint()
+
+
+def test_a_manifest_cannot_point_outside_the_folder(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    folder.save_checkpoint(_checkpoint(1))
+    manifest = folder.path / "checkpoints" / "round-00001.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "file": "../../secret.safetensors"}))
+    with pytest.raises(CheckpointError):
+        folder.last_checkpoint()
+
+
+def test_events_cut_by_a_crash_are_passed_over(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    folder.event("begin", study="x")
+    with (folder.path / "events.jsonl").open("a") as file:
+        file.write('{"event": "st')
+    assert [event["event"] for event in folder.events()] == ["begin"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_released_images_are_the_generated_pixels(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    images = ImageSet(rng.integers(0, 256, (5, channels, 8, 8), dtype=np.uint8), np.array([0, 1, 1, 0, 1]))
+    write_npz(tmp_path / "set.npz", images)
+    with np.load(tmp_path / "set.npz", allow_pickle=False) as back:
+        expected = images.images[:, 0] if channels == 1 else images.images.transpose(0, 2, 3, 1)
+        assert np.array_equal(back["train_images"], expected)
+        assert back["train_labels"].tolist() == [[0], [1], [1], [0], [1]]
+    write_pngs(tmp_path / "png", images, ("a", "b/../c"), note="synthetic")
+    files = sorted((tmp_path / "png").rglob("*.png"))
+    assert [f.parent.name for f in files] == ["0-a", "0-a", "1-b-c", "1-b-c", "1-b-c"]
+    with Image.open(files[0]) as picture:
+        assert np.array_equal(np.asarray(picture), expected[0])
+        assert picture.info["Description"] == "synthetic"
+    assert contact_sheet(images, 0).startswith(b"\x89PNG")
+
+
+def test_verify_needs_a_finished_release(tmp_path):
+    with pytest.raises(CheckpointError, match="no finished release"):
+        verify_checksums(tmp_path)
+
+
+def test_pixels_survive_the_one_scaling():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    assert np.array_equal(to_uint8(to_unit(pixels)), pixels)
+    assert to_unit(pixels).min() == -1
+    assert to_unit(pixels).max() == 1
+
+
+def test_adam_never_moves_further_than_its_stated_bound():
+    import torch
+
+    from common.optimizer import Adam
+
+    torch.manual_seed(0)
+    parameter = torch.zeros(50)
+    adam = Adam({"w": parameter}, learning_rate=0.01)
+    for step in range(30):
+        before = parameter.clone()
+        adam.step({"w": torch.randn(50) * 10.0 ** (step % 7 - 3)})
+        moved = (parameter - before).norm().item()
+        assert moved <= largest_update_norm(parameters=50, steps=1, learning_rate=0.01) * (1 + 1e-6)
