@@ -22,10 +22,10 @@ from common.errors import StudyError
 Modality = Literal["radiology", "ophthalmology", "histopathology"]
 
 
-class Settings(BaseModel, frozen=True):
+class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StudyInfo(Settings):
@@ -151,6 +151,9 @@ class Study(Settings):
         if self.federation.min_sites > self.simulation.sites:
             raise ValueError("federation.min_sites: larger than simulation.sites")
         return self
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
 
     @property
     def sha256(self) -> str:

@@ -135,7 +135,7 @@ class SwinUNet(nn.Module):
         h = self.embed(self._to_patches(x).flatten(1, 2)).view(b, k, self.side**2, self.width)
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
-            for block in stage:
+            for block in cast(nn.ModuleList, stage):
                 h = block(h, condition)
             if level < len(self.merge):
                 skips.append(h)

@@ -9,7 +9,7 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common.claims import Claim
@@ -19,6 +19,7 @@ from common.study import Study, study_toml
 from server.checkpoints import RoundRow
 from server.release.charts import curve
 from server.release.formats import contact_sheet
+from server.release.page import TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,7 @@ class ReportInputs:
 
 def render_report(inputs: ReportInputs) -> str:
     """The page as HTML: inline style, inline pictures, no script, no request to anywhere."""
-    environment = Environment(
-        loader=PackageLoader("server.release", "templates"), autoescape=select_autoescape(default=True),
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["estimate"] = estimate_text
     numbers = [row.round for row in inputs.rounds]
     sites = sorted({site for row in inputs.rounds for site in row.epsilon})
@@ -79,7 +77,7 @@ def render_report(inputs: ReportInputs) -> str:
         (name, int((inputs.synthetic.labels == label).sum()), _data_uri(contact_sheet(inputs.synthetic, label)))
         for label, name in enumerate(inputs.study.data.classes)
     ]
-    return environment.get_template("report.html.j2").render(
+    return environment.from_string(TEMPLATE).render(
         r=inputs, claim=inputs.claim, charts=charts, sheets=sheets, settings=study_toml(inputs.study)
     )
 

@@ -1,4 +1,11 @@
-<!doctype html>
+"""The report's page, as a Jinja template.
+
+SPDX-License-Identifier: Apache-2.0
+
+A Python string and no file of its own: Flower's bundle takes no templates, and a deployment runs from the bundle.
+"""
+
+TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -93,3 +100,4 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 <pre>{{ settings }}</pre>
 </section>
 </main></body></html>
+"""
