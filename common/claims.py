@@ -132,16 +132,21 @@ class Claim:
             "These images come from phantoms: procedurally drawn, so no patient is behind them. The figures below are "
             "what the same run would have cost real records. " if self.phantoms else ""
         )  # fmt: skip
-        return (
-            f"{opening}Whatever anyone learns from everything that left the {sites} sites in this study (the model, "
-            f"the synthetic images, the figures in this report), it would have been almost as likely had any one "
-            f"{self.unit} never been there: the release is differentially private with epsilon {self.epsilon_max:.2f} "
-            f"at delta {self.delta:g}, per {self.unit} at a site ({self.adjacency}). Each site added all the noise "
-            f"that its own guarantee needs before anything left it, so the guarantee holds against the coordinator, "
-            f"the other sites and the public alike. A record is either in the training or the held-out part of its "
-            f"site, so its cost is that of its own part. A person with one {self.unit} at every site is covered by "
-            f"the sum, epsilon {self.epsilon_sum:.2f} at delta {self.delta_sum:g}; a person with several {self.unit}s at a "
-            f"site is covered by a correspondingly weaker guarantee. The sites' ledgers enforce the ceiling of epsilon "
-            f"{self.epsilon_ceiling:g}. Losses are composed by Opacus's {self.accountant.upper()} accountant over "
-            f"every noisy release that was reserved, whether or not it was finished."
+        unit = self.unit
+        sentences = (
+            f"{opening}Whatever anyone learns from everything that left the {sites} sites in this study (the model, the "
+            "synthetic images, the figures in this report), it would have been almost as likely had any one "
+            f"{unit} never been there: the release is differentially private with epsilon {self.epsilon_max:.2f} at "
+            f"delta {self.delta:g}, per {unit} at a site ({self.adjacency}).",
+            "Each site added all the noise that its own guarantee needs before anything left it, so the guarantee "
+            "holds against the coordinator, the other sites and the public alike.",
+            "A record is either in the training or in the held-out part of its site, so its cost is that of its own "
+            "part.",
+            f"A person with one {unit} at every site is covered by the sum, epsilon {self.epsilon_sum:.2f} at delta "
+            f"{self.delta_sum:g}; a person with several {unit}s at a site is covered by a correspondingly weaker "
+            "guarantee.",
+            f"The sites' ledgers enforce the ceiling of epsilon {self.epsilon_ceiling:g}.",
+            f"Losses are composed by Opacus's {self.accountant.upper()} accountant over every noisy release that was "
+            "reserved, whether or not it was finished.",
         )
+        return " ".join(sentences)
