@@ -134,8 +134,8 @@ class Claim:
         )  # fmt: skip
         unit = self.unit
         sentences = (
-            f"{opening}Whatever anyone learns from everything that left the {sites} sites in this study (the model, the "
-            "synthetic images, the figures in this report), it would have been almost as likely had any one "
+            f"{opening}Whatever anyone learns from everything that left the {sites} sites in this study (the "
+            "model, the synthetic images, the figures in this report), it would have been almost as likely had any one "
             f"{unit} never been there: the release is differentially private with epsilon {self.epsilon_max:.2f} at "
             f"delta {self.delta:g}, per {unit} at a site ({self.adjacency}).",
             "Each site added all the noise that its own guarantee needs before anything left it, so the guarantee "
