@@ -45,9 +45,10 @@ def enrol(session: Session) -> None:
             f"{member.site}: about {member.weight:.0f} training records (noisy), epsilon {member.spent.train:.2f}",
             site=member.site, counts=member.counts, epsilon=member.spent.train,
         )  # fmt: skip
-    session.folder.keep_result(
-        "enrol", {m.site: {"counts": m.counts, "phantoms": m.phantoms} for m in session.members.values()}
-    )
+    # Sites of an earlier process stay in the record: what they gave is in the model, so the claim must name them.
+    ever = session.folder.result("enrol") or {}
+    now = {m.site: {"phantoms": m.phantoms, "random_source": m.random_source} for m in session.members.values()}
+    session.folder.keep_result("enrol", {**ever, **now})
 
 
 def _expected(session: Session) -> int:

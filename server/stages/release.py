@@ -76,7 +76,11 @@ def release(
 
 
 def claim_of(session: Session) -> Claim:
-    """The claim, from what each site's ledger reported last; from the whole plan where an answer is outstanding."""
+    """The claim, from what each site's ledger reported last.
+
+    The whole planned cost is claimed for a site that has a question open, or that took part in an earlier process of
+    this run and is not there now.
+    """
     study, plan = session.agreement.study, session.agreement.plan
     privacy, members = study.privacy, session.members.values()
 
@@ -84,21 +88,23 @@ def claim_of(session: Session) -> Claim:
         losses = plan.losses("train" if partition == "train" else "holdout")
         return epsilon_of(losses, delta=privacy.delta, accountant=privacy.accountant)
 
-    sites = tuple(
-        SiteClaim(m.site, planned("train"), planned("holdout"), "plan") if m.open_question
-        else SiteClaim(m.site, m.spent.train, m.spent.holdout, "ledger")
-        for m in sorted(members, key=lambda m: m.site)
-    )  # fmt: skip
+    whole = {"epsilon_train": planned("train"), "epsilon_holdout": planned("holdout"), "basis": "plan"}
+    enrolled = session.folder.result("enrol") or {}
+    sites = [
+        SiteClaim(m.site, **whole) if m.open_question else SiteClaim(m.site, m.spent.train, m.spent.holdout, "ledger")
+        for m in members
+    ]  # fmt: skip
+    sites += [SiteClaim(site, **whole) for site in enrolled if site not in {m.site for m in members}]
     return Claim(
         study=study.study.name, study_sha256=study.sha256, unit=privacy.unit, delta=privacy.delta,
         epsilon_ceiling=privacy.epsilon, accountant=privacy.accountant, trust_model=privacy.trust,
-        phantoms=all(m.phantoms for m in members),
-        random_source="; ".join(sorted({m.random_source for m in members})),
+        phantoms=all(entry["phantoms"] for entry in enrolled.values()),
+        random_source="; ".join(sorted({entry["random_source"] for entry in enrolled.values()})),
         mechanisms=tuple(
             MechanismClaim(p.name, p.partition, p.noise_multiplier, p.sample_rate, p.steps * p.releases, p.sensitivity)
             for p in plan.mechanisms
         ),
-        sites=sites, unprotected=UNPROTECTED, libraries=_libraries(),
+        sites=tuple(sorted(sites, key=lambda claim: claim.site)), unprotected=UNPROTECTED, libraries=_libraries(),
     )  # fmt: skip
 
 

@@ -157,6 +157,21 @@ def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkp
     assert run.ledger(2).counts(STUDY.sha256)[0] == 1 + 2 + 2
 
 
+def test_a_site_that_took_part_and_is_gone_after_a_resume_stays_in_the_claim(tmp_path, monkeypatch):
+    run = _Run(tmp_path)
+    monkeypatch.setattr(pipeline, "generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.go()  # trained, then stopped
+    monkeypatch.undo()
+    run.grid = InProcessGrid(run.files[:2])
+    run.go()
+    claim = run.claim()
+    assert [(site.site, site.basis) for site in claim.sites] == [
+        ("site-1", "ledger"), ("site-2", "ledger"), ("site-3", "plan"),
+    ]  # fmt: skip
+    assert claim.sites[2].epsilon_train >= run.ledger(3).spent(delta=1e-5, accountant="rdp")["train"]
+
+
 def test_a_second_pass_over_a_finished_run_spends_nothing(tmp_path):
     run = _Run(tmp_path)
     run.go()

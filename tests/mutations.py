@@ -1,0 +1,85 @@
+"""Take out one guard at a time and see its tests fail: python tests/mutations.py [name ...]
+
+SPDX-License-Identifier: Apache-2.0
+
+Each mutation changes one line in a copy of the repository and runs the tests that should notice. A mutation that no
+test notices is printed as SURVIVED and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GATE, GRADIENTS = "tests/unit/client/test_gate_and_stages.py", "tests/unit/client/test_grad_sample.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation("no clipping", "client/privacy/grad_sample.py", "(max_grad_norm / norm).clamp(max=1.0)",
+             "torch.ones_like(norm)", f"{GRADIENTS} {GATE}"),
+    Mutation("windows share a norm", "client/privacy/grad_sample.py", "g.sum(dim=1).flatten(2)",
+             "g[:, 0].flatten(2)", GRADIENTS),
+    Mutation("no noise", "client/privacy/mechanism.py", "std * source.normal_like(part)",
+             "0.0 * source.normal_like(part)", f"tests/unit/client/test_mechanism.py {GATE}"),
+    Mutation("two thirds of the noise", "client/privacy/mechanism.py",
+             "std = noise_multiplier * sensitivity", "std = noise_multiplier * sensitivity * 2 / 3",
+             f"tests/unit/client/test_mechanism.py {GATE}"),
+    Mutation("no accounting", "client/privacy/gate.py", "            for plan in plans\n", "            for plan in ()\n", GATE),
+    Mutation("no ceiling", "client/privacy/ledger.py", "if cost > bound.epsilon:", "if False:",
+             "tests/unit/client/test_ledger.py"),
+    Mutation("losses of unfinished requests forgotten", "client/privacy/ledger.py",
+             "WHERE partition = ? AND", "WHERE id IN (SELECT reservation FROM confirmations) AND partition = ? AND",
+             f"tests/unit/client/test_ledger.py {GATE}"),
+    Mutation("no limit of releases", "client/privacy/ledger.py", "if used >= plan.releases:", "if False:",
+             f"tests/unit/client/test_ledger.py {GATE}"),
+    Mutation("a fixed batch", "client/privacy/randomness.py", "return self.uniform(records) < sample_rate",
+             "return np.arange(records) < records * sample_rate", "tests/unit/client/test_mechanism.py"),
+    Mutation("the loss not clipped", "client/stages/train.py", ".clamp(0.0, LARGEST_LOSS)", "* 100.0", GATE),
+    Mutation("any plan is taken", "client/privacy/gate.py", "check_plan(study, self.agreement.plan)", "pass", GATE),
+    Mutation("bad updates let in", "server/federation/screening.py", "if not finite(arrays):", "if False:",
+             "tests/integration/test_study_in_process.py"),
+)  # fmt: skip
+
+
+def main() -> int:
+    wanted = set(sys.argv[1:])
+    survived = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "copy"
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        for mutation in MUTATIONS:
+            if wanted and mutation.name not in wanted:
+                continue
+            path = copy / mutation.file
+            text = path.read_text()
+            if mutation.old not in text:
+                print(f"STALE     {mutation.name}: the line is no longer there")
+                survived += 1
+                continue
+            path.write_text(text.replace(mutation.old, mutation.new, 1))
+            command = [sys.executable, "-m", "pytest", "-q", "-x", *mutation.tests.split()]
+            result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+            path.write_text(text)
+            noticed = result.returncode == 1
+            survived += not noticed
+            last = result.stdout.strip().splitlines()[-2:] if result.stdout.strip() else [result.stderr[-200:]]
+            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.name}: {last[0][:110]}", flush=True)
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
