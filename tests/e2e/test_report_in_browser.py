@@ -1,0 +1,60 @@
+"""The report as a reader sees it, in a real browser."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.reports import report_inputs
+from support.studies import tiny_study
+
+from server.release.report import render_report
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
+
+
+@pytest.fixture
+def browser():
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    return found
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(render_report(report_inputs(tiny_study(data={"classes": ["clear", "<b>opacity</b>"]}))))
+    return path
+
+
+def _run(browser, page, tmp_path, *flags):
+    return subprocess.run(
+        [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_report_renders_in_a_browser_wide_and_narrow(browser, page, tmp_path, width):
+    shot = tmp_path / "shot.png"
+    _run(browser, page, tmp_path, f"--screenshot={shot}", f"--window-size={width},1400")
+    assert shot.exists()
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("L"), dtype=float)
+    assert pixels.shape[1] == width
+    assert pixels.std() > 10
+    assert len(np.unique(pixels)) > 50
+
+
+def test_the_page_says_the_figures_and_escapes_what_it_is_given(browser, page, tmp_path):
+    dom = _run(browser, page, tmp_path, "--dump-dom").stdout
+    for words in ("7.25", "0.876 [0.800, 0.900]", "0.765", "12.5", "1234 MB", "the plan (upper bound", "round 2: site-2",
+                  "&lt;b&gt;opacity&lt;/b&gt;"):  # fmt: skip
+        assert words in dom
+    assert "<b>opacity</b>" not in dom
+    assert "PHANTOMS." not in dom
