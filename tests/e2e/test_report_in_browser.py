@@ -8,10 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from support.reports import report_inputs
-from support.studies import tiny_study
 
 from server.release.report import render_report
+from support.reports import report_inputs
+from support.studies import tiny_study
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
