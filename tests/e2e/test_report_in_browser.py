@@ -13,8 +13,17 @@ from server.release.report import render_report
 from support.reports import report_inputs
 from support.studies import tiny_study
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
 
 
 @pytest.fixture
@@ -53,8 +62,8 @@ def test_the_report_renders_in_a_browser_wide_and_narrow(browser, page, tmp_path
 
 def test_the_page_says_the_figures_and_escapes_what_it_is_given(browser, page, tmp_path):
     dom = _run(browser, page, tmp_path, "--dump-dom").stdout
-    for words in ("7.25", "0.876 [0.800, 0.900]", "0.765", "12.5", "1234 MB", "the plan (upper bound", "round 2: site-2",
-                  "&lt;b&gt;opacity&lt;/b&gt;"):  # fmt: skip
+    figures = ("7.25", "0.876 [0.800, 0.900]", "0.765", "12.5", "1234 MB")
+    for words in (*figures, "the plan (upper bound", "round 2: site-2", "&lt;b&gt;opacity&lt;/b&gt;"):
         assert words in dom
     assert "<b>opacity</b>" not in dom
     assert "PHANTOMS." not in dom
