@@ -24,18 +24,19 @@ class Progress:
         self._folder = folder
         self._out = out or sys.stderr
         self._began: dict[str, float] = {}
+        self._before: dict[str, int] = {}
 
-    def stage(self, name: str, text: str) -> None:
-        """A stage begins."""
+    def stage(self, name: str, text: str, *, done: int = 0) -> None:
+        """A stage begins, or goes on after `done` of its steps."""
         self._began[name] = time.monotonic()
+        self._before[name] = done
         self._line(name, text)
         self._folder.event("stage", stage=name, text=text)
 
     def step(self, stage: str, done: int, total: int, text: str, **values: Any) -> None:
         """`done` of `total` is behind us; the time left is estimated from the stage's pace so far in this process."""
-        first = self._began.setdefault(f"{stage}:first", done - 1)
         elapsed = time.monotonic() - self._began.setdefault(stage, time.monotonic())
-        pace = elapsed / max(1, done - first)
+        pace = elapsed / max(1, done - self._before.get(stage, 0))
         left = pace * (total - done)
         self._line(stage, f"{done}/{total}  {text}  {_clock(left)} left")
         self._folder.event("step", stage=stage, done=done, total=total, seconds_left=round(left, 1), **values)

@@ -34,7 +34,8 @@ def train(session: Session) -> Checkpoint:
     rounds = study.training.rounds
     kept = session.folder.last_checkpoint()
     state = kept or Checkpoint(0, *_initial(study))
-    session.progress.stage("train", f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds")
+    text = f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds"
+    session.progress.stage("train", text, done=state.round)
     while state.round < rounds:
         following = _one_round(session, state)
         if following is None:
