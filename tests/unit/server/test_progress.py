@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
-from support.studies import agreement, tiny_study
 
 import server.progress as progress_module
 from server.checkpoints import RunFolder
 from server.progress import Progress
+from support.studies import agreement, tiny_study
 
 
 @pytest.mark.parametrize(("before", "done", "total", "left"), [(0, 100, 300, "0:20"), (14, 16, 30, "1:10")])
