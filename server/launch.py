@@ -53,7 +53,7 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
         name = f"site-{index + 1}"
         lines = [
             "# A simulated site, written by `synthward run`",
-            f'name = "{name}"', f'state = "{name}"', "own_reference = true",
+            f'name = "{name}"', f'state = "{name}"', f"own_reference = {str(data is not None).lower()}",
             "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
             "[policy]", f"max_epsilon = {study.privacy.epsilon}", f"max_delta = {study.privacy.delta}",
             "[performance]", f"threads = {os.cpu_count() or 1}",

@@ -167,7 +167,7 @@ def test_a_study_runs_under_flowers_engine_to_a_verified_release(study, tmp_path
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["epsilon"]["sites"]) == {"site-1", "site-2", "site-3"}
     assert 0 < metrics["epsilon"]["max"] <= 8
-    assert (run / "sites" / "site-1" / "for-this-site-only.json").is_file()
+    assert (run / "sites" / "site-1" / "ledger.sqlite").is_file()
 
 
 @pytest.mark.slow
