@@ -16,9 +16,10 @@ from client.data.checks import SiteReport, check_splits
 from client.data.sources import SourceConfig, Splits, open_source
 from client.privacy.gate import Gate
 from client.privacy.ledger import Ledger
-from client.privacy.policy import SitePolicy
+from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
 from common.errors import DataError, PolicyRefusal
+from common.images import Units
 from common.messages import Agreement
 from common.study import Settings, Study, settings_error_line
 
@@ -47,14 +48,30 @@ class SiteConfig(Settings):
         default=None, description="seeds the noise; phantoms only, and every claim says so"
     )
 
+    def ledger(self) -> Ledger:
+        """The site's ledger, opened.
+
+        Raises:
+            StorageError: it cannot be opened, or was changed.
+        """
+        return Ledger(self.state / "ledger.sqlite")
+
 
 @dataclass(frozen=True)
 class Site:
-    """A site's own records and rules. Nothing of it is sent but through `gate`."""
+    """A site's own records and rules. Nothing of it is sent but through `gate`.
+
+    Attributes:
+        train, holdout: the partitions by the study's privacy unit.
+        cohort: what the policy's smallest numbers are compared with.
+    """
 
     config: SiteConfig
     splits: Splits
     report: SiteReport
+    train: Units
+    holdout: Units
+    cohort: Cohort
 
     @classmethod
     def open(cls, path: Path, study: Study) -> Site:
@@ -75,9 +92,9 @@ class Site:
             agreement=agreement,
             request=request,
             policy=self.config.policy,
-            ledger=Ledger(self.state / "ledger.sqlite"),
+            ledger=self.config.ledger(),
             source=NoiseSource(self.config.test_noise_seed),
-            records=len(self.splits.train),
+            cohort=self.cohort,
             replies=self.state / "replies",
         )
 
@@ -117,4 +134,7 @@ def _open(path: Path, _changed: int, study: Study) -> Site:
     config = load_site_config(path)
     splits = open_source(config.data, study.data, modality=study.study.modality)
     where = str(getattr(config.data, "path", path))
-    return Site(config, splits, check_splits(splits, study.data, where=where))
+    report = check_splits(splits, study.data, where=where)
+    train, holdout = (Units.of(part, study.privacy.unit) for part in (splits.train, splits.holdout))
+    cohort = Cohort(len(train), int(train.with_class(len(study.data.classes)).min()))
+    return Site(config, splits, report, train, holdout, cohort)

@@ -5,8 +5,9 @@ SPDX-License-Identifier: Apache-2.0
     SynthwardError            exit code 2 unless said otherwise; printed as ONE line
     ├── StudyError            the study file: unknown key, value out of range, impossible plan
     ├── DataError             a site's images or labels cannot be used as they are
-    ├── BudgetError           the privacy budget does not allow it, or cannot be reached
-    ├── PolicyRefusal         the site's own policy says no
+    ├── Refused               a site says no: which rule, what was asked, what is allowed
+    │   ├── BudgetError       the privacy budget does not allow it, or cannot be reached
+    │   └── PolicyRefusal     the site's own policy forbids it
     ├── StorageError          a file cannot be written or read (disk full, no permission)
     ├── CheckpointError       a run folder or checkpoint is missing, damaged or of another study
     ├── ReplyError            a reply from a site failed the server's screening
@@ -54,11 +55,24 @@ class DataError(SynthwardError):
     """A site's images or labels cannot be used as they are."""
 
 
-class BudgetError(SynthwardError):
+class Refused(SynthwardError):
+    """A rule says no; `where` names the rule. Nothing was touched.
+
+    Args:
+        asked, allowed: the two values that do not fit, as text; empty where they would tell something about records.
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", asked: str = "", allowed: str = "") -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.asked = asked
+        self.allowed = allowed
+
+
+class BudgetError(Refused):
     """The privacy budget does not allow the step, or no setting can reach it."""
 
 
-class PolicyRefusal(SynthwardError):
+class PolicyRefusal(Refused):
     """The site's own policy forbids what was asked."""
 
 

@@ -8,10 +8,13 @@ Shapes: N images, C channels, H×W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from common.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,74 @@ class ImageSet:
         return ImageSet(self.images[index], self.labels[index], patients)
 
 
+@dataclass(frozen=True)
+class Units:
+    """The privacy units of an image set: patients, or the images themselves. U units, B chosen ones, J images of each.
+
+    Attributes:
+        images: all images.
+        members: for each unit, the positions of its images; every image is in exactly one unit.
+        unit: what a unit is.
+    """
+
+    images: ImageSet
+    members: tuple[NDArray[np.int64], ...]
+    unit: Literal["image", "patient"]
+
+    @classmethod
+    def of(cls, images: ImageSet, unit: Literal["image", "patient"]) -> Units:
+        """Group images by unit.
+
+        Raises:
+            DataError: the unit is the patient, and the patients are not known.
+        """
+        if unit == "image":
+            return cls(images, tuple(np.arange(len(images)).reshape(-1, 1)), unit)
+        if images.patients is None:
+            raise DataError(
+                "the study protects patients, and the patient of each image is not known here", where="privacy.unit",
+                remedy="Add train_groups and test_groups, or agree on unit = \"image\".",
+            )  # fmt: skip
+        order = np.argsort(images.patients, kind="stable")
+        cuts = np.flatnonzero(np.diff(images.patients[order])) + 1
+        return cls(images, tuple(np.split(order, cuts)) if len(order) else (), unit)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def weights(self) -> NDArray[np.float64]:
+        """Share of its unit that each image has, float64 (N,); a unit's images sum to 1."""
+        out = np.zeros(len(self.images))
+        for member in self.members:
+            out[member] = 1.0 / len(member)
+        return out
+
+    def class_shares(self, classes: int) -> NDArray[np.float64]:
+        """Sum over units of the class shares of their images, (classes,): one unit adds a vector of norm at most 1."""
+        return np.bincount(self.images.labels, weights=self.weights(), minlength=classes).astype(np.float64)
+
+    def with_class(self, classes: int) -> NDArray[np.int64]:
+        """How many units have an image of each class, (classes,)."""
+        return np.bincount(
+            [label for member in self.members for label in np.unique(self.images.labels[member])], minlength=classes
+        )
+
+    def draw(
+        self, chosen: NDArray[np.bool_], most: int, rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Images (B, J, C, H, W) and labels (B, J) of the units in the mask `chosen` (U,).
+
+        J = 1 where the unit is the image, else `most`: a unit's images in random order, begun again when they end.
+        """
+        picked = [self.members[unit] for unit in np.flatnonzero(chosen)]
+        each = 1 if self.unit == "image" else most
+        index = np.array([np.resize(rng.permutation(member), each) for member in picked], dtype=np.int64)
+        index = index.reshape(len(picked), each)
+        return self.images.images[index], self.images.labels[index]
+
+
 def to_unit(images: NDArray[np.uint8]) -> torch.Tensor:
-    """Scale uint8 pixels (N, C, H, W) to float32 in [-1, 1]."""
+    """Scale uint8 pixels (..., C, H, W) to float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1.0
 
 

@@ -116,13 +116,23 @@ class ValidateReply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A site's readable no: nothing was computed, or the answer is lost but counted."""
+    """A site's readable no: nothing was computed, or the answer is lost but counted.
+
+    Attributes:
+        kind: "PolicyRefusal", "BudgetError", ...: the name of the site's error.
+        rule, asked, allowed: which rule said no, and the two values that do not fit; empty where there is none.
+        spent: what the ledger holds now; None when it could not be read.
+    """
 
     stage: ClassVar[str] = "refusal"
     site: str
     kind: str
     what: str
     remedy: str
+    rule: str = ""
+    asked: str = ""
+    allowed: str = ""
+    spent: Spent | None = None
     arrays: Arrays = field(default_factory=dict)
 
 
@@ -182,7 +192,7 @@ def _decode(data: bytes, kinds: dict[str, Any], name: str) -> Any:
         if "agreement" in head:
             agreed = head["agreement"]
             head["agreement"] = Agreement(Study.model_validate(agreed["study"]), StudyPlan.from_json(agreed["plan"]))
-        if "spent" in head:
+        if head.get("spent") is not None:
             head["spent"] = Spent(**head["spent"])
         arrays = unpack_arrays(data[start + length :], where=name)
         return kind(**head, arrays=arrays)

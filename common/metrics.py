@@ -84,13 +84,17 @@ def l2_sensitivity(classes: int) -> float:
     return math.sqrt(classes + 1)
 
 
-def count_scores(probabilities: NDArray[Any], labels: NDArray[np.int64], bins: int) -> ScoreCounts:
-    """Count the scores of N records, N = 0 included.
+def count_scores(
+    probabilities: NDArray[Any], labels: NDArray[np.int64], bins: int, *, weights: Floats | None = None
+) -> ScoreCounts:
+    """Count the scores of N images, N = 0 included.
 
     Args:
         probabilities: shape (N, C), values 0 to 1.
         labels: shape (N,), values 0 to C - 1.
         bins: equal bins of logit(p) on [-6, 6]; the end bins take what lies outside.
+        weights: shape (N,), each image's share of its privacy unit (a unit's images sum to 1, so that the unit moves
+            the counts by no more than one image would: a mean of vectors); None = every image is a unit.
 
     Raises:
         DataError: shapes that do not fit, a label out of range, a probability that is NaN or outside [0, 1].
@@ -105,13 +109,14 @@ def count_scores(probabilities: NDArray[Any], labels: NDArray[np.int64], bins: i
         logits = np.log(scores) - np.log1p(-scores)
     position = (np.clip(logits, -_LOGIT_RANGE, _LOGIT_RANGE) + _LOGIT_RANGE) / (2 * _LOGIT_RANGE) * bins
     cell = np.minimum(position.astype(np.int64), bins - 1)
+    share = np.ones(count) if weights is None else weights
     positives, negatives = np.zeros((classes, bins)), np.zeros((classes, bins))
     for k in range(classes):
         own = labels == k
-        positives[k] = np.bincount(cell[own, k], minlength=bins)
-        negatives[k] = np.bincount(cell[~own, k], minlength=bins)
+        positives[k] = np.bincount(cell[own, k], weights=share[own], minlength=bins)
+        negatives[k] = np.bincount(cell[~own, k], weights=share[~own], minlength=bins)
     confusion = np.zeros((classes, classes))
-    np.add.at(confusion, (labels, scores.argmax(axis=1)), 1.0)
+    np.add.at(confusion, (labels, scores.argmax(axis=1)), share)
     return ScoreCounts(positives, negatives, confusion)
 
 

@@ -74,7 +74,7 @@ class PrivacyConfig(Settings):
     epsilon: float = Field(gt=0, le=1000, description="ceiling for the whole study, per record and site")
     delta: float = Field(default=1e-5, gt=0, lt=1)
     accountant: Literal["prv", "rdp"] = "prv"
-    unit: Literal["image"] = "image"
+    unit: Literal["image", "patient"] = Field(default="image", description="whose whole contribution is protected")
     trust: Literal["local"] = "local"
     counts_share: float = Field(
         default=0.15, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"

@@ -83,7 +83,7 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from common.accounting import plan_study
     from common.files import atomic_write
     from common.study import load_study, study_toml
-    from server.launch import check_sites, write_site_files
+    from server.launch import approve, check_sites, write_site_files
 
     study = load_study(study_path, overrides)
     print(f"{study.study.name}: solving for the noise and checking the sites' data ...", file=sys.stderr, flush=True)
@@ -101,6 +101,7 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
 
     folder = RunFolder.create(out, study, plan)
     write_site_files(folder.path / "sites", study, data)
+    approve(folder)
     _simulate(folder.path)
 
 

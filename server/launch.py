@@ -13,6 +13,9 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,15 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What a simulated site's own check says; shown to its owner, who runs the simulation."""
+    """What a simulated site's own check says; shown to its owner, who runs the simulation.
+
+    Attributes:
+        units: privacy units (images or patients) in the train partition.
+        train, holdout: images by class.
+    """
 
     name: str
+    units: int
     train: list[int]
     holdout: list[int]
     warnings: list[str]
@@ -55,7 +64,9 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
             "# A simulated site, written by `synthward run`",
             f'name = "{name}"', f'state = "{name}"', f"own_reference = {str(data is not None).lower()}",
             "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
-            "[policy]", f"max_epsilon = {study.privacy.epsilon}", f"max_delta = {study.privacy.delta}",
+            "[policy]", *(f"{key} = {study.privacy.epsilon}" for key in ("max_epsilon", "max_study_epsilon")),
+            *(f"{key} = {study.privacy.delta}" for key in ("max_delta", "max_study_delta")),
+            f'accountant = "{study.privacy.accountant}"',
             "[performance]", f"threads = {os.cpu_count() or 1}",
         ]  # fmt: skip
         path = folder / f"{name}.toml"
@@ -70,34 +81,39 @@ def check_sites(study_file: Path, sites: list[Path]) -> list[SiteFacts]:
     Raises:
         DataError: the first site that cannot take part, with its own one-line reason.
     """
-    command = [sys.executable, "-m", "client.cli", "check", "--json", "--study", str(study_file), *map(str, sites)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_QUIET})
-    if result.returncode != 0:
-        line = (result.stderr.strip().splitlines() or ["the check failed"])[-1]
-        raise DataError(line.removeprefix("error: "))
-    return [SiteFacts(**row) for row in json.loads(result.stdout)]
+    output = _site_command("check", "--json", "--study", str(study_file), *map(str, sites))
+    return [SiteFacts(**row) for row in json.loads(output)]
+
+
+def approve(folder: RunFolder) -> None:
+    """Have the simulated sites approve the study of a new run folder, in the sites' own command."""
+    by = "synthward run (simulated site)"
+    _site_command("approve", "--by", by, "--study", str(folder.path / "study.toml"), *map(str, _sites(folder)))
 
 
 def simulate(folder: RunFolder) -> None:
-    """Run the study of `folder` with its simulated sites, in this process, under Flower's simulation engine.
+    """Run the study of `folder`: its simulated sites in a process of their own, Flower's engine in this one.
 
     Raises:
         SynthwardError: as the pipeline raises them.
         FederationError: the engine itself failed.
     """
-    sites = folder.path / "sites"
-    os.environ |= {**_QUIET, "SYNTHWARD_RUN": str(folder.path.resolve()), "SYNTHWARD_SITES": str(sites.resolve())}
-    path = [entry for entry in sys.path if entry]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # the engine's workers see the same packages as this process
+    path = [entry for entry in sys.path if entry]  # the other processes see the same packages as this one
+    os.environ |= {**_QUIET, "SYNTHWARD_RUN": str(folder.path.resolve()), "PYTHONPATH": os.pathsep.join(path)}
+    with tempfile.TemporaryDirectory(prefix="sw-") as sockets, _site_process(_sites(folder), Path(sockets)):
+        os.environ["SYNTHWARD_SOCKETS"] = sockets
+        _simulate(folder)
+
+
+def _simulate(folder: RunFolder) -> None:
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
     try:
         run_simulation(
-            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP),
-            num_supernodes=len(list(sites.glob("site-*.toml"))),
-            # One worker that has all cores: sites take turns, each with all threads, and memory holds one of them.
+            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP), num_supernodes=len(_sites(folder)),
+            # One worker: it only carries bytes, since the work is done in the sites' own process.
             backend_config={
                 "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
                 "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False,
@@ -110,6 +126,51 @@ def simulate(folder: RunFolder) -> None:
         raise FederationError(
             f"the simulation engine failed ({error})", remedy=f"Go on with `synthward run --resume {folder.path}`."
         ) from error
+
+
+@contextmanager
+def _site_process(sites: list[Path], sockets: Path) -> Iterator[None]:
+    """`synthward-site serve` for all simulated sites; it ends with this process, however this one ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "client.cli",
+        "serve",
+        "--while-stdin",
+        "--sockets",
+        str(sockets),
+        *map(str, sites),
+    ]
+    with (sockets / "log").open("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            if not process.stdout.readline().startswith("ready"):
+                process.wait()
+                log.seek(0)
+                lines = log.read().strip().splitlines() or ["the sites' process did not start"]
+                raise DataError(lines[-1].removeprefix("error: "))
+            yield
+        finally:
+            process.communicate()
+
+
+def _site_command(*arguments: str) -> str:
+    """Standard output of a `synthward-site` command.
+
+    Raises:
+        DataError: with the command's own one-line reason.
+    """
+    command = [sys.executable, "-m", "client.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_QUIET})
+    if result.returncode != 0:
+        line = (result.stderr.strip().splitlines() or [f"synthward-site {arguments[0]} failed"])[-1]
+        raise DataError(line.removeprefix("error: "))
+    return result.stdout
+
+
+def _sites(folder: RunFolder) -> list[Path]:
+    return sorted((folder.path / "sites").glob("site-*.toml"), key=lambda path: int(path.stem.partition("-")[2]))
 
 
 def _load(name: str) -> Any:

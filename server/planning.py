@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
             net(x[:, None], t, t)
 
     training = study.training
-    batch = sum(sum(fact.train) for fact in facts) * training.sample_rate
+    batch = sum(fact.units for fact in facts) * training.sample_rate
     per_record = _seconds(train_step) / records * 1.2  # book-keeping of per-record gradients costs about a fifth more
     evaluations = study.generation.steps * (2 if study.generation.guidance > 0 else 1)
     parameters = sum(p.numel() for p in net.parameters())
@@ -76,14 +77,23 @@ def _seconds(step: Any) -> float:
 
 
 def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
-    """The plan as text: records per site, noise and epsilon by stage, size, time and traffic."""
+    """The plan as text: units and images per site, noise and epsilon by stage, size, time and traffic."""
     privacy, needs = study.privacy, estimate(study, facts)
     lines = [f"study {study.study.name}  sha256 {study.sha256}", ""]
-    lines.append(f"{'site':<12}{'train':>8}{'held out':>10}   train records by class (known to the site alone)")
+    unit = privacy.unit
+    lines.append(
+        f"{'site':<12}{unit + 's':>10}{'train':>8}{'held out':>10}   train images by class (known to the site)"
+    )
     for fact in facts:
         by_class = ", ".join(f"{name} {n}" for name, n in zip(study.data.classes, fact.train, strict=True))
-        lines.append(f"{fact.name:<12}{sum(fact.train):>8}{sum(fact.holdout):>10}   {by_class}")
+        lines.append(f"{fact.name:<12}{fact.units:>10}{sum(fact.train):>8}{sum(fact.holdout):>10}   {by_class}")
         lines += [f"{'':<12}warning: {warning}" for warning in fact.warnings]
+    needed = units_needed(plan, needs.parameters)
+    if any(fact.units < needed for fact in facts):
+        lines.append(
+            f"warning: at this epsilon the noise drowns everything a site with fewer than about {needed} {unit}s could "
+            f"say, even if all its gradients agreed; give sites more {unit}s, raise epsilon, or do fewer rounds"
+        )
     lines += [
         "",
         f"{'stage':<12}{'records':<10}{'noise_multiplier':>17}{'sample_rate':>13}{'steps':>8}{'epsilon alone':>15}",
@@ -106,6 +116,17 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
         f"traffic     about {needs.megabytes:.0f} MB a site",
     ]
     return "\n".join(lines)
+
+
+def units_needed(plan: StudyPlan, parameters: int) -> int:
+    """Fewest units at a site for which training is not sure to be useless.
+
+    Over T steps at sample rate q, n units add at most T·q·n·C to the gradients' sum if all of them agree; the noise has
+    norm sigma·C·sqrt(T·d) over d parameters. sigma does not depend on n, so the n at which the two are equal does.
+    """
+    train = plan.train
+    steps = train.steps * train.releases
+    return math.ceil(train.noise_multiplier * math.sqrt(parameters / steps) / train.sample_rate)
 
 
 def _alone(study: Study, mechanism: MechanismPlan) -> float:

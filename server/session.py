@@ -65,9 +65,12 @@ class Session:
         reasons = {self.name(node): _refused(refusal) for node, refusal in answers.refusals.items()}
         reasons |= {self.name(node): why for node, why in answers.broken.items()}
         reasons |= {self.name(node): "no answer before the deadline" for node in answers.silent}
-        for node in (*answers.broken, *answers.silent):
-            if node in self.members:
-                self.members[node].open_question = True
+        for node, member in self.members.items():
+            refusal = answers.refusals.get(node)
+            if refusal is not None and refusal.spent is not None:
+                member.note(refusal.spent)  # a site that fails half-way has spent, and says so
+            elif refusal is not None or node in answers.broken or node in answers.silent:
+                member.open_question = True
         return reasons
 
     def require(self, present: int, reasons: dict[str, str], stage: str) -> None:

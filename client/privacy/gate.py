@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from client.privacy.ledger import Ceiling, Ledger
 from client.privacy.mechanism import gaussian_release
-from client.privacy.policy import SitePolicy
+from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
 from common.accounting import MechanismPlan, check_plan
 from common.errors import BudgetError
@@ -74,14 +74,17 @@ class Permit:
 
     def done(self) -> None:
         """Confirm the spending; for a mechanism whose noisy result stays at the site for now."""
-        for number in self._numbers:
-            self._gate.ledger.confirm(number)
+        self._gate.ledger.confirm(*self._numbers)
 
     def seal(self, reply: R) -> Released[R]:
-        """Confirm the spending, store the reply under the request's identity, and let it leave."""
-        self.done()
-        reply = replace(reply, spent=self._gate.spent())
+        """Store the reply under the request's identity, confirm the spending, and let it leave.
+
+        Stored first: a crash between the two costs nothing, since the same request then finds its answer.
+        """
+        spent = self._gate.spent()
+        reply = replace(reply, spent=replace(spent, confirmed=spent.confirmed + len(self._numbers)))
         self._gate.store(encode(reply))
+        self.done()
         return Released(reply, key=_KEY)
 
 
@@ -90,16 +93,16 @@ class Gate:
 
     Args:
         request: the request's identity.
-        records: size of the train partition, for the policy; never sent.
+        cohort: what the policy's smallest numbers are compared with; never sent.
         replies: folder of the sealed answers.
     """
 
     def __init__(
         self, *, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger, source: NoiseSource,
-        records: int, replies: Path,
+        cohort: Cohort, replies: Path,
     ) -> None:  # fmt: skip
         self.agreement, self.request, self.policy, self.ledger = agreement, request, policy, ledger
-        self.source, self.records, self._replies = source, records, replies
+        self.source, self.cohort, self._replies = source, cohort, replies
 
     def stored(self, kind: type[R]) -> Released[R] | None:
         """The answer that this very request has had before, if it had one; sending it again costs nothing."""
@@ -116,20 +119,17 @@ class Gate:
         Raises:
             PolicyRefusal, BudgetError: refused before any record is touched.
         """
-        study = self.agreement.study
-        self.policy.permit(study, records=self.records)
-        check_plan(study, self.agreement.plan)
-        unknown = [plan.name for plan in plans if plan not in self.agreement.plan.mechanisms]
+        study, plan, policy = self.agreement.study, self.agreement.plan, self.policy
+        policy.permit(study, plan, self.cohort, approved=self.ledger.approval(study.sha256) is not None)
+        check_plan(study, plan)
+        unknown = [mechanism.name for mechanism in plans if mechanism not in plan.mechanisms]
         if unknown:
-            raise BudgetError(f"{unknown[0]} is not in the agreed plan", where="gate")
+            raise BudgetError(f"{unknown[0]} is not in the agreed plan", where="plan")
         privacy = study.privacy
-        numbers = tuple(
-            self.ledger.reserve(
-                plan, study=study.sha256, request=self.request,
-                study_ceiling=Ceiling(privacy.epsilon, privacy.delta, privacy.accountant),
-                ceiling=Ceiling(self.policy.max_epsilon, privacy.delta, privacy.accountant),
-            )
-            for plan in plans
+        numbers = self.ledger.reserve(
+            *plans, study=study.sha256, request=self.request,
+            study_ceiling=Ceiling(privacy.epsilon, privacy.delta, privacy.accountant),
+            ceiling=Ceiling(policy.max_epsilon, policy.max_delta, policy.accountant),
         )  # fmt: skip
         yield Permit(self, plans, numbers)
 

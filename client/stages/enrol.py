@@ -5,7 +5,6 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Released
@@ -14,7 +13,7 @@ from common.messages import EnrolReply, EnrolRequest, Spent
 
 
 def enrol(site: Site, gate: Gate, request: EnrolRequest) -> Released[EnrolReply]:
-    """Release the class counts; one record adds 1 to one count, so their L2 sensitivity is 1.
+    """Release the class counts; one unit adds 1 in all (a patient in shares), so their L2 sensitivity is 1.
 
     Raises:
         PolicyRefusal, BudgetError: refused; no record was counted.
@@ -22,7 +21,7 @@ def enrol(site: Site, gate: Gate, request: EnrolRequest) -> Released[EnrolReply]
     plan = request.agreement.plan.counts
     classes = len(request.agreement.study.data.classes)
     with gate.spend(plan) as permit:
-        counts = np.bincount(site.splits.train.labels, minlength=classes).astype(np.float64)
+        counts = site.train.class_shares(classes)
         noisy = permit.noisy(plan.name, {"counts": torch.from_numpy(counts)})
         reply = EnrolReply(
             site=site.config.name,

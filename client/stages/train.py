@@ -2,7 +2,7 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-B records of a Poisson batch, C the clipping norm (max_grad_norm).
+B records (the study's privacy unit: images or patients) of a Poisson batch, C the clipping norm (max_grad_norm).
 A record gives one vector: its gradient clipped to C·sqrt(1 - s²), and its loss, clipped and scaled to at most s·C
 (s = LOSS_SHARE). Together they have norm at most C, so the loss curve costs nothing beside the gradient.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Permit, Released
@@ -18,6 +19,7 @@ from client.privacy.grad_sample import ClippedSum, bytes_per_record, clipped_gra
 from client.site import Site
 from common.accounting import LOSS_SHARE
 from common.errors import ReplyError
+from common.files import append_line
 from common.images import to_unit
 from common.messages import Arrays, Spent, TrainReply, TrainRequest
 from common.model.diffusion import DiffusionLoss, NoiseSchedule
@@ -59,6 +61,9 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
         )
         released = permit.seal(reply)
     optimizer.save(moments)
+    if step.nonfinite:  # for the site's eyes: a record that cannot be trained on is the site's to look at
+        text = f"round {request.round}: {step.nonfinite} draws of a {study.privacy.unit} had no finite gradient"
+        append_line(site.state / "site.log", f"{text} and counted as zero")
     return released
 
 
@@ -66,16 +71,17 @@ class _Step:
     """One DP-SGD step after another on the same data and network."""
 
     def __init__(self, site: Site, study: Study, net: SwinUNet, permit: Permit) -> None:
-        self._records = site.splits.train
+        self._units, self._draws = site.train, study.diffusion.noise_multiplicity
         self._net, self._permit = net, permit
         self._norm = study.training.max_grad_norm
+        self.nonfinite = 0
         diffusion = study.diffusion
         self._loss = DiffusionLoss(
             NoiseSchedule(diffusion.timesteps), diffusion.noise_multiplicity, diffusion.label_dropout,
             len(study.data.classes),
         )  # fmt: skip
         self._generator = torch.Generator()
-        self._generator.seed()
+        self._choice = np.random.default_rng(self._generator.seed() % 2**63)  # which image of a patient: no secret
         shape = (study.data.channels, study.data.image_size, study.data.image_size)
         probe = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)
         self._physical = physical_batch_for(
@@ -87,12 +93,13 @@ class _Step:
 
     def noisy_sum(self) -> dict[str, torch.Tensor]:
         """Sample a batch, clip, sum, add noise once: the parameters' noisy sums and "loss"."""
-        mask = self._permit.sample("train", len(self._records))
-        batch = self._records.select(mask)
+        mask = self._permit.sample("train", len(self._units))
+        images, labels = self._units.draw(mask, self._draws, self._choice)
         clipped = clipped_gradient_sum(
-            self._net, self._per_record, to_unit(batch.images), torch.from_numpy(batch.labels),
+            self._net, self._per_record, to_unit(images), torch.from_numpy(labels),
             max_grad_norm=self._norm * math.sqrt(1 - LOSS_SHARE**2), physical_batch=self._physical,
         )  # fmt: skip
+        self.nonfinite += clipped.nonfinite
         return self._permit.noisy("train", {**clipped.gradients, "loss": clipped_loss(clipped, self._norm)})
 
 

@@ -52,9 +52,8 @@ def validate(site: Site, gate: Gate, request: ValidateRequest) -> Released[Valid
 
 
 def _score(site: Site, classifier: BiomarkerClassifier, request: ValidateRequest) -> ScoreCounts:
-    held_out = site.splits.holdout
-    bins = request.agreement.study.validation.bins
-    return count_scores(classifier.predict(held_out.images), held_out.labels, bins)
+    held_out, bins = site.holdout.images, request.agreement.study.validation.bins
+    return count_scores(classifier.predict(held_out.images), held_out.labels, bins, weights=site.holdout.weights())
 
 
 def _reference(site: Site, gate: Gate, plan: MechanismPlan, request: ValidateRequest) -> BiomarkerClassifier | None:
@@ -82,7 +81,7 @@ def _reference(site: Site, gate: Gate, plan: MechanismPlan, request: ValidateReq
                 return {name: part / request.expected_reference_batch for name, part in noisy.items()}
 
             trained = BiomarkerClassifier.fit_private(
-                site.splits.train, classes=classes, channels=channels, config=study.validation, noisy_mean=noisy_mean,
+                site.train, classes=classes, channels=channels, config=study.validation, noisy_mean=noisy_mean,
                 poisson_mask=lambda records: permit.sample(plan.name, records),
                 max_grad_norm=plan.sensitivity, seed=study.study.seed,
                 learning_rate=study.validation.reference_learning_rate,

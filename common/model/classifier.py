@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from common.errors import DataError, ReplyError
-from common.images import ImageSet, to_unit
+from common.images import ImageSet, Units, to_unit
 from common.model.timm_backbones import create_backbone
 from common.study import ValidationConfig
 
@@ -88,7 +88,7 @@ class BiomarkerClassifier:
     @classmethod
     def fit_private(
         cls,
-        images: ImageSet,
+        units: Units,
         *,
         classes: int,
         channels: int,
@@ -103,10 +103,11 @@ class BiomarkerClassifier:
         """Train on real images by DP-SGD (Abadi et al. 2016, algorithm 1) with Adam, `config.reference_steps` steps.
 
         This function samples and adds noise only through its callers' functions; it owns clipping. Removing one
-        record moves the sum that `noisy_mean` receives by at most `max_grad_norm` (L2 over all parameters).
+        unit moves the sum that `noisy_mean` receives by at most `max_grad_norm` (L2 over all parameters).
 
         Args:
-            poisson_mask: called once a step with N; a mask, shape (N,); it may be empty.
+            units: patients or images, U of them; a chosen patient gives one image a step, drawn at random.
+            poisson_mask: called once a step with U; a mask, shape (U,); it may be empty.
             noisy_mean: called once a step with the clipped sum by parameter name; adds noise, divides by the expected
                 batch, and returns the same names and shapes.
             seed: of the initial weights; public, never of the noise.
@@ -115,6 +116,7 @@ class BiomarkerClassifier:
             DataError: labels or shapes that do not fit.
             StudyError: timm does not know `config.backbone`.
         """
+        images, draws = units.images, np.random.default_rng()  # which image of a patient: no secret
         _check(images, classes, channels)
         with _seeded(seed):
             model = cls._fresh(images, classes, channels, config.backbone)
@@ -123,7 +125,8 @@ class BiomarkerClassifier:
             optimiser = torch.optim.Adam(net.parameters(), lr=learning_rate)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.reference_steps))
             for step in range(config.reference_steps):
-                chosen = images.select(poisson_mask(len(images)))
+                picked, labels = units.draw(poisson_mask(len(units)), 1, draws)
+                chosen = ImageSet(picked[:, 0], labels[:, 0])
                 mean = noisy_mean(_clipped_sum(net, gradients_of, chosen, max_grad_norm))
                 for name, parameter in net.named_parameters():
                     parameter.grad = mean[name].to(parameter.dtype).reshape(parameter.shape)

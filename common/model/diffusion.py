@@ -54,7 +54,8 @@ class DiffusionLoss:
     """One loss a record: the mean over K draws of the noise prediction error.
 
     Ho et al. 2020, eq. 14, with the noise multiplicity of Dockhorn et al. 2022 (eq. 6): the draws are averaged
-    *before* clipping, so that a record counts once however many draws it has. Records do not interact.
+    *before* clipping, so that a record counts once however many draws it has. Records do not interact. Where a record
+    is a patient, the draws range over that patient's images.
 
     Args:
         noise_multiplicity: K.
@@ -76,12 +77,13 @@ class DiffusionLoss:
         )
 
     def losses(self, net: nn.Module, x0: Tensor, y: Tensor, draws: Draws) -> Tensor:
-        """x0 (B, C, H, W) in [-1, 1], y (B,) -> (B,)."""
-        noisy = self.schedule.add_noise(x0[:, None], draws.noise, draws.t)
-        labels = torch.where(draws.keep_label, y[:, None], self.null_class)
+        """x0 (B, C, H, W) in [-1, 1] and y (B,), or (B, K, C, H, W) and (B, K), an image a draw -> (B,)."""
+        x0, y = (x0, y) if y.dim() == 2 else (x0[:, None], y[:, None])
+        noisy = self.schedule.add_noise(x0, draws.noise, draws.t)
+        labels = torch.where(draws.keep_label, y, self.null_class)
         return (net(noisy, draws.t, labels) - draws.noise).square().flatten(1).mean(dim=1)
 
     def __call__(self, net: nn.Module, x0: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
         """`losses` with fresh draws."""
-        draws = self.draw(len(y), tuple(x0.shape[1:]), generator=generator, dtype=x0.dtype)
+        draws = self.draw(len(y), tuple(x0.shape[-3:]), generator=generator, dtype=x0.dtype)
         return self.losses(net, x0, y, draws)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Ceiling, Ledger
 from common.accounting import plan_study
 from common.claims import Claim
 from common.errors import FederationError, StorageError
@@ -206,6 +206,52 @@ def test_a_round_that_was_paid_for_but_lost_ends_training_early_not_over_the_cei
     assert max(site.epsilon for site in run.claim().sites) <= STUDY.privacy.epsilon
 
 
+def test_a_site_whose_ceiling_is_reached_stops_by_itself_and_the_study_ends_cleanly_with_the_others(tmp_path):
+    study = tiny_study(training={"rounds": 4})
+    run = _Run(tmp_path, study, policies=("", "max_epsilon = 8.0", ""))
+    plan = run.folder.plan()
+    ledger = run.ledger(2)  # an earlier study, at another clipping norm, has spent on the same records
+    wide = Ceiling(1e3, 1e-5, "rdp")
+    earlier = replace(plan.train, steps=plan.train.steps * 2, releases=1, sensitivity=0.3)
+    ledger.reserve(earlier, study="an earlier study", request="r", study_ceiling=wide, ceiling=wide)
+    ledger.close()
+    run.go()
+    rows = run.folder.last_checkpoint().rows
+    assert [row.round for row in rows] == [1, 2, 3, 4]
+    took_part = ["site-2" in row.accepted for row in rows]
+    assert took_part[0] and not took_part[-1] and took_part == sorted(took_part, reverse=True)
+    assert "over the ceiling 8 of the site" in rows[-1].rejected["site-2"]
+    spent = run.ledger(2).spent(delta=1e-5, accountant="rdp")
+    assert max(spent.values()) <= 8.0
+    ours = run.ledger(2).spent(delta=1e-5, accountant="rdp", study=study.sha256)
+    assert run.claim().sites[1].epsilon_train == pytest.approx(ours["train"])
+    refused = [entry for entry in run.ledger(2).entries() if entry.kind == "refused"]
+    assert refused[0].body["rule"] == "ledger.ceiling"
+    assert float(refused[0].body["asked"]) > 8.0
+
+
+def test_what_a_site_spent_on_a_lost_answer_is_in_the_claim(tmp_path, monkeypatch):
+    """Site 3 fails in the middle of every round: it has spent, has nothing to show for it, and says so."""
+    import client.stages.train as stage
+
+    run = _Run(tmp_path)
+    original = stage._Step.noisy_sum
+
+    def fail_at_site_3(self):
+        if "site-3" in str(self._permit._gate._replies):
+            raise MemoryError
+        return original(self)
+
+    monkeypatch.setattr(stage._Step, "noisy_sum", fail_at_site_3)
+    run.go()
+    assert [row.accepted for row in run.folder.last_checkpoint().rows] == [["site-1", "site-2"]] * 2
+    spent = run.ledger(3).spent(delta=1e-5, accountant="rdp")
+    claim = run.claim().sites[2]
+    assert (claim.site, claim.basis) == ("site-3", "ledger")
+    assert claim.epsilon_train == pytest.approx(spent["train"])
+    assert claim.epsilon_train > run.claim().sites[0].epsilon_train * 0.5
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     run = _Run(tmp_path)
     run.go()
@@ -215,13 +261,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path)
 
 
 def test_an_exception_at_a_site_tells_the_server_nothing_about_its_data(tmp_path, monkeypatch):
-    import client.app as app
+    import client.service as service
 
     def leak(*_):
         raise ValueError("patient 4711 has pixel value 3")
 
     run = _Run(tmp_path)
-    monkeypatch.setattr(app, "enrol", leak)
+    monkeypatch.setattr(service, "enrol", leak)
     with pytest.raises(FederationError) as caught:
         run.go()
     assert "4711" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Both Flower apps in one process: a Grid that hands each message to the real ClientApp.
+"""Both Flower apps in one process: a Grid that hands each message to the real ClientApp and the real site service.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -7,7 +7,9 @@ Sites can be silenced, made to crash, or have their replies tampered with, one l
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,18 +19,24 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app as client_app
+from client.service import serving
 from common.messages import Reply, decode_reply, encode
 from common.wire import from_record, to_record
 
 Tamper = Callable[[Reply], Reply]
 
 
+_live = ExitStack()  # one grid at a time: the one before stops serving, so that its sites can be served anew
+
+
 class InProcessGrid(Grid):
-    """Nodes 1 to n, each with the site file of its number."""
+    """Nodes 1 to n, each with the site file of its number, served on sockets as in a deployment."""
 
     def __init__(self, sites: list[Path]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self.sites = dict(enumerate(sites, start=1))
+        _live.close()
+        folder = Path(_live.enter_context(tempfile.TemporaryDirectory(prefix="sw-")))
+        self.sites = dict(enumerate(_live.enter_context(serving(sites, folder)), start=1))
         self.silent: set[int] = set()
         self.crashed: set[int] = set()
         self.tamper: dict[int, Tamper] = {}

@@ -17,8 +17,8 @@ DOCKER = REPOSITORY / "docker"
 INSTRUCTIONS = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
 
 
-@pytest.mark.parametrize("name", ["server", "client"])
-def test_a_dockerfile_is_well_formed_and_starts_flowers_own_command(name):
+@pytest.mark.parametrize("name", ["server", "client", "carrier"])
+def test_a_dockerfile_is_well_formed_and_starts_an_installed_command(name):
     lines = (DOCKER / f"{name}.Dockerfile").read_text().splitlines()
     rows = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     assert rows[0][0] == "FROM"
@@ -36,8 +36,19 @@ def test_a_dockerfile_is_well_formed_and_starts_flowers_own_command(name):
 def test_the_compose_file_starts_one_coordinator_and_three_sites_and_publishes_on_loopback_only():
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     services = compose["services"]
-    assert set(services) == {"coordinator", "site-1", "site-2", "site-3"}
+    sites, carriers = ({f"{kind}-{n}" for n in (1, 2, 3)} for kind in ("site", "carrier"))
+    assert set(services) == {"coordinator"} | sites | carriers
     for service in services.values():
         assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).exists()
         for port in service.get("ports", []):
             assert re.match(r"127\.0\.0\.1:", port)
+
+
+def test_the_container_with_the_images_has_no_network_and_the_one_with_a_network_has_no_images():
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for number in (1, 2, 3):
+        site, carrier = services[f"site-{number}"], services[f"carrier-{number}"]
+        assert site["network_mode"] == "none"
+        assert [v for v in carrier["volumes"] if "sites" in v] == []
+        shared = {v.split(":")[0] for v in site["volumes"]} & {v.split(":")[0] for v in carrier["volumes"]}
+        assert shared == {f"sockets-{number}"}

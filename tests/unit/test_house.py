@@ -42,7 +42,7 @@ def test_a_file_is_a_room_and_a_function_fits_a_screen(path):
 
 def test_the_vault_is_read_in_one_sitting():
     lines = [len((REPOSITORY / "client" / "privacy" / f"{name}.py").read_text().splitlines()) for name in VAULT]
-    assert sum(lines) <= 600
+    assert sum(lines) <= 700
 
 
 def test_test_folders_are_no_packages():

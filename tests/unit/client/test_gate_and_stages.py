@@ -78,6 +78,23 @@ def test_counts_leave_with_noise_and_one_reservation(site, releases):
     assert released.reply.spent.train > 0
 
 
+def test_where_the_patient_is_the_unit_counts_batches_and_cohort_are_of_patients(tmp_path, releases, monkeypatch):
+    study = tiny_study(privacy={"unit": "patient"})
+    site = open_phantom_site(tmp_path, study)
+    patients = len(np.unique(site.splits.train.patients))
+    assert patients < len(site.splits.train)
+    assert site.cohort.units == patients
+    asked = []
+    original = NoiseSource.poisson_mask
+    monkeypatch.setattr(
+        NoiseSource, "poisson_mask", lambda self, n, rate: (asked.append(n), original(self, n, rate))[1]
+    )
+    _ask(site, EnrolRequest(agreement(study)))
+    assert float(releases[0][0]["counts"].sum()) == pytest.approx(patients)
+    _ask(site, _train_request(study))
+    assert set(asked) == {patients}
+
+
 def test_each_round_reserves_exactly_the_planned_loss(site, releases):
     for number in (1, 2):
         gate, _ = _ask(site, _train_request(number=number))
@@ -89,14 +106,20 @@ def test_each_round_reserves_exactly_the_planned_loss(site, releases):
     assert all(s["sensitivity"] == STUDY.training.max_grad_norm for _, _, s in releases)
 
 
-def test_one_record_with_its_gradient_and_loss_moves_the_sum_by_at_most_the_clipping_norm(site, releases, monkeypatch):
+@pytest.mark.parametrize("unit", ["image", "patient"])
+def test_one_unit_with_its_gradient_and_loss_moves_the_sum_by_at_most_the_clipping_norm(
+    tmp_path, releases, monkeypatch, unit
+):
+    study = tiny_study(privacy={"unit": unit}, diffusion={"noise_multiplicity": 3})
+    site = open_phantom_site(tmp_path, study)
+
     def one(self, records, rate):
         mask = np.zeros(records, dtype=bool)
         mask[0] = True
         return mask
 
     monkeypatch.setattr(NoiseSource, "poisson_mask", one)
-    _ask(site, _train_request())
+    _ask(site, _train_request(study))
     for exact, _, _ in releases:
         norm = STUDY.training.max_grad_norm
         assert 0 < _norm(exact) <= norm * (1 + 1e-6)
@@ -182,14 +205,35 @@ def test_a_mechanism_makes_no_more_than_its_planned_steps(site):
 
 @pytest.mark.parametrize(
     ("policy", "rule"),
-    [("max_epsilon = 1.0", "max_epsilon"), ("max_delta = 1e-9", "max_delta"),
-     ('allowed_studies = ["abc"]', "allowed_studies")],
+    [("max_epsilon = 1.0", "max_epsilon"), ("max_study_delta = 1e-9", "max_study_delta"),
+     ("max_study_epsilon = 1.0", "max_study_epsilon"),
+     ('allowed_studies = ["abc"]', "allowed_studies"), ("max_stage_share = 0.1", "max_stage_share"),
+     ('allowed_mechanisms = ["counts"]', "allowed_mechanisms"), ("min_units_per_class = 79", "min_units_per_class")],
 )  # fmt: skip
 def test_a_policy_refusal_spends_nothing_and_names_the_rule(tmp_path, policy, rule):
     site = open_phantom_site(tmp_path, STUDY, policy=policy)
-    with pytest.raises(PolicyRefusal, match=rule):
+    with pytest.raises(PolicyRefusal, match=rule) as caught:
         _ask(site, EnrolRequest(agreement()))
+    assert bool(caught.value.asked) == bool(caught.value.allowed) == (rule != "min_units_per_class")
     assert site.gate(agreement(), "x").ledger.counts(STUDY.sha256) == (0, 0)
+
+
+def test_a_study_that_is_not_approved_gets_nothing_and_a_revoked_one_gets_nothing_more(tmp_path):
+    site = open_phantom_site(tmp_path, STUDY, approval=True)
+    request = EnrolRequest(agreement())
+    with pytest.raises(PolicyRefusal, match="require_approval"):
+        _ask(site, request)
+    ledger = site.config.ledger()
+    ledger.note("approved", STUDY.sha256, by="somebody", name="tiny")
+    _ask(site, request)
+    ledger.note("revoked", STUDY.sha256, by="somebody", name="tiny")
+    with pytest.raises(PolicyRefusal, match="require_approval"):
+        _ask(site, _train_request())
+    assert ledger.counts(STUDY.sha256) == (1, 1)
+    other = tiny_study(training={"rounds": 1})
+    ledger.note("approved", STUDY.sha256, by="somebody", name="tiny")
+    with pytest.raises(PolicyRefusal, match="require_approval"):  # one byte of the study's settings is another study
+        _ask(site, EnrolRequest(agreement(other)))
 
 
 def test_a_plan_with_less_noise_than_the_study_can_afford_is_refused_before_anything_is_spent(site):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import client.privacy.ledger as ledger_module
 from client.privacy.ledger import Ceiling, Ledger
-from common.accounting import MechanismPlan, epsilon_of
+from common.accounting import MechanismPlan, PrivacyLoss, epsilon_of
 from common.errors import BudgetError, StorageError
 
 PLAN = MechanismPlan("train", "train", 1.5, 0.1, 10, 6, 1.0)
@@ -36,7 +37,7 @@ def test_crash_between_reserve_and_confirm_counts_as_spent(tmp_path):
 def test_spending_composes_over_restarts_as_one_run_would(tmp_path):
     for number in range(4):
         ledger = Ledger(tmp_path / "ledger.sqlite")
-        ledger.confirm(_reserve(ledger, request=str(number)))
+        ledger.confirm(*_reserve(ledger, request=str(number)))
         ledger.close()
     whole = MechanismPlan("train", "train", 1.5, 0.1, 40, 1, 1.0)
     assert _spent(Ledger(tmp_path / "ledger.sqlite"))["train"] == epsilon_of([whole.loss], delta=1e-5, accountant="rdp")
@@ -84,7 +85,7 @@ def test_rows_cannot_be_changed_or_deleted(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     _reserve(ledger)
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
-    for statement in ("DELETE FROM reservations", "UPDATE reservations SET steps = 0"):
+    for statement in ("DELETE FROM entries", "UPDATE entries SET body = '{}'"):
         with pytest.raises(sqlite3.DatabaseError, match="append-only"):
             db.execute(statement)
     db.close()
@@ -104,6 +105,138 @@ def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path):
     db.close()
     with pytest.raises(StorageError, match="newer version"):
         Ledger(tmp_path / "ledger.sqlite")
+
+
+def _change(path, *statements):
+    """As somebody with the file in hand would: the triggers are no obstacle."""
+    db = sqlite3.connect(path)
+    for statement in ("DROP TRIGGER no_change", "DROP TRIGGER no_delete", *statements):
+        db.execute(statement)
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [("UPDATE entries SET body = replace(body, '\"steps\":10', '\"steps\":1') WHERE number = 3", "changed at entry 3"),
+     ("UPDATE entries SET at = '2020-01-01T00:00:00+00:00' WHERE number = 1", "changed at entry 1"),
+     ("UPDATE entries SET body = 'no json' WHERE number = 2", "changed at entry 2"),
+     ("DELETE FROM entries WHERE number = 2", "changed at entry 2"),
+     ("DELETE FROM entries WHERE number >= 4", "ends at entry 3, but entry 4 was written"),
+     ("INSERT INTO entries SELECT 5, at, kind, study, body, hash FROM entries WHERE number = 4", "changed at entry 5")],
+)  # fmt: skip
+def test_an_edited_missing_or_inserted_entry_shows_and_the_site_spends_nothing_more(tmp_path, statement, finding):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    for number in range(4):
+        _reserve(ledger, request=str(number))
+    ledger.close()
+    Ledger(path).close()
+    _change(path, statement)
+    with pytest.raises(StorageError, match=finding):
+        Ledger(path)
+
+
+def test_a_missing_head_file_shows(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    _reserve(ledger)
+    (tmp_path / "ledger.head").unlink()
+    with pytest.raises(StorageError, match="head file ledger.head is missing"):
+        Ledger(tmp_path / "ledger.sqlite")
+    with pytest.raises(StorageError, match="head file ledger.head is missing"):
+        _reserve(ledger)
+
+
+def test_a_head_file_that_lags_behind_after_a_crash_is_sound(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    _reserve(ledger)
+    behind = (tmp_path / "ledger.head").read_bytes()
+    _reserve(ledger)
+    (tmp_path / "ledger.head").write_bytes(behind)  # killed between the commit and the head file
+    assert Ledger(tmp_path / "ledger.sqlite").counts("s") == (2, 0)
+
+
+VERSION_1 = """
+CREATE TABLE reservations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, study TEXT NOT NULL, mechanism TEXT NOT NULL,
+    request TEXT NOT NULL, partition TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL,
+    steps INTEGER NOT NULL, sensitivity REAL NOT NULL);
+CREATE TABLE confirmations (reservation INTEGER PRIMARY KEY REFERENCES reservations(id), at TEXT NOT NULL);
+INSERT INTO reservations VALUES (1, '2026-01-01', 's', 'counts', 'r1', 'train', 4.1234567890123, 1.0, 1, 1.0);
+INSERT INTO reservations VALUES (2, '2026-01-02', 's', 'train', 'r2', 'train', 1.5, 0.1, 10, 1.0);
+INSERT INTO reservations VALUES (3, '2026-01-03', 't', 'evaluate', 'r3', 'holdout', 3.0, 1.0, 1, 2.0);
+INSERT INTO confirmations VALUES (1, '2026-01-01');
+INSERT INTO confirmations VALUES (3, '2026-01-03');
+PRAGMA user_version=1;
+"""
+
+
+def test_a_ledger_of_version_1_keeps_every_loss(tmp_path):
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.executescript(VERSION_1)
+    db.close()
+    for _ in range(2):  # taken over once
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+        assert ledger.losses("train") == [PrivacyLoss(4.1234567890123, 1.0, 1), PrivacyLoss(1.5, 0.1, 10)]
+        assert ledger.losses("holdout", study="t") == [PrivacyLoss(3.0, 1.0, 1)]
+        assert ledger.counts("s") == (2, 1)
+        assert ledger.counts("t") == (1, 1)
+        assert [entry.number for entry in ledger.entries()] == [1, 2, 3, 4, 5]
+        ledger.close()
+
+
+def test_refusals_are_written_but_cannot_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "MOST_REFUSALS", 3)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for _ in range(5):
+        ledger.note("refused", "s", rule="policy.max_epsilon", asked="9", allowed="8")
+    assert [entry.kind for entry in ledger.entries()] == ["refused"] * 3
+    assert _spent(ledger) == {"train": 0.0, "holdout": 0.0}
+
+
+class _Failing:
+    """A connection that fails before or after its n-th statement, as a crash or a full disk there would."""
+
+    def __init__(self, db, at, after):
+        self._db, self._left, self._after = db, at, after
+
+    def execute(self, *given):
+        self._left -= 1
+        if self._left == 0 and not self._after:
+            raise sqlite3.OperationalError("disk I/O error")
+        result = self._db.execute(*given)
+        if self._left == 0:
+            raise sqlite3.OperationalError("disk I/O error")
+        return result
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_failure_at_any_statement_leaves_a_sound_ledger_that_counts_whatever_was_granted(tmp_path, after):
+    reached = 0
+    for at in range(1, 40):
+        folder = tmp_path / str(at)
+        ledger = Ledger(folder / "ledger.sqlite")
+        real, granted = ledger._db, 0
+        ledger._db = _Failing(real, at, after)
+        try:
+            number = _reserve(ledger)
+            granted = 1
+            ledger.confirm(*number)
+            ended = True
+        except StorageError:
+            ended = False
+        real.close()
+        again = Ledger(folder / "ledger.sqlite")
+        assert granted <= again.counts("s")[0] <= 1
+        assert again.counts("s")[1] <= again.counts("s")[0]
+        again.close()
+        if ended:
+            reached = at
+            break
+    assert 10 < reached < 40  # every statement was hit once, and then none was left
 
 
 def _race(path: str, ceiling: float, queue) -> None:

@@ -16,7 +16,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from common.errors import DataError, ReplyError, StudyError
-from common.images import ImageSet, to_unit
+from common.images import ImageSet, Units, to_unit
 from common.model.classifier import BiomarkerClassifier, _clipped_sum, _record_gradients
 from common.model.timm_backbones import create_backbone, import_timm, without_batch_norm
 from common.study import ValidationConfig
@@ -132,7 +132,7 @@ def private_sums(images: ImageSet, mask: np.ndarray, max_grad_norm: float) -> li
         return {name: torch.zeros_like(value) for name, value in total.items()}  # the weights stay where they are
 
     BiomarkerClassifier.fit_private(
-        images, **SIZES, config=CONFIG, poisson_mask=lambda n: mask, noisy_mean=noisy_mean, seed=3,
+        Units.of(images, "image"), **SIZES, config=CONFIG, poisson_mask=lambda n: mask, noisy_mean=noisy_mean, seed=3,
         max_grad_norm=max_grad_norm,
     )  # fmt: skip
     return sums
@@ -192,8 +192,8 @@ def test_record_with_an_infinite_gradient_contributes_nothing() -> None:
 def test_private_steps_follow_the_noisy_mean_and_the_seed_of_the_weights() -> None:
     def run(seed: int, sign: float) -> dict[str, np.ndarray]:
         return BiomarkerClassifier.fit_private(
-            easy(8, seed=0), **SIZES, config=CONFIG, poisson_mask=lambda n: np.ones(n, bool), seed=seed,
-            noisy_mean=lambda total: {name: sign * value / 8 for name, value in total.items()},
+            Units.of(easy(8, seed=0), "image"), **SIZES, config=CONFIG, poisson_mask=lambda n: np.ones(n, bool),
+            seed=seed, noisy_mean=lambda total: {name: sign * value / 8 for name, value in total.items()},
         ).state()  # fmt: skip
 
     first, same, opposite = run(1, 1.0), run(1, 1.0), run(1, -1.0)
