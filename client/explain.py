@@ -120,9 +120,10 @@ def _leaving(study: Study, plan: StudyPlan) -> Iterator[str]:
 
 def _how(mechanism: MechanismPlan) -> str:
     part, times = _PART[mechanism.partition], mechanism.steps * mechanism.releases
+    often = "Once" if times == 1 else f"At most {times} times"
     if mechanism.sample_rate >= 1:
-        return f"At most {times} times, over all {part} records."
-    return f"At most {times} times, each over about {mechanism.sample_rate:.1%} of the {part} records, drawn at random."
+        return f"{often}, over all {part} records."
+    return f"{often}, each over about {mechanism.sample_rate:.1%} of the {part} records, drawn at random."
 
 
 def _policy(verdict: Verdict) -> Iterator[str]:

@@ -66,7 +66,7 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
             "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
             "[policy]", *(f"{key} = {study.privacy.epsilon}" for key in ("max_epsilon", "max_study_epsilon")),
             *(f"{key} = {study.privacy.delta}" for key in ("max_delta", "max_study_delta")),
-            f'accountant = "{study.privacy.accountant}"',
+            f'accountant = "{study.privacy.accountant}"', "min_units = 2",
             "[performance]", f"threads = {os.cpu_count() or 1}",
         ]  # fmt: skip
         path = folder / f"{name}.toml"

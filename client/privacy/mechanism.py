@@ -5,11 +5,14 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from client.privacy.randomness import NoiseSource
+
+_GRID_BITS = 20
 
 
 def gaussian_release(
@@ -24,7 +27,8 @@ def gaussian_release(
         sensitivity: > 0.
 
     Returns:
-        The noisy sum in float64, same names and shapes.
+        The noisy sum in float64, same names and shapes, rounded to a public grid of about a millionth of the noise:
+        the lowest bits, in which a floating-point sum could betray its parts, are gone (post-processing).
 
     Raises:
         ValueError: noise or sensitivity is not positive, or the sum is not finite.
@@ -34,4 +38,6 @@ def gaussian_release(
         raise ValueError("noise_multiplier and sensitivity must be positive")
     if not all(bool(torch.isfinite(part).all()) for part in total.values()):
         raise ValueError("a sum with non-finite values cannot be released")
-    return {name: part.detach().double() + std * source.normal_like(part) for name, part in total.items()}
+    grid = 2.0 ** (math.floor(math.log2(std)) - _GRID_BITS)
+    noisy = {name: part.detach().double() + std * source.normal_like(part) for name, part in total.items()}
+    return {name: torch.round(part / grid) * grid for name, part in noisy.items()}
