@@ -92,6 +92,7 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 <tr><th scope="col">name</th><th scope="col">records</th><th scope="col">noise_multiplier</th><th scope="col">sensitivity</th><th scope="col">sample_rate</th><th scope="col">steps at most</th><th scope="col">what it releases</th></tr>
 {% for m in claim.mechanisms %}<tr><td>{{ m.name }}</td><td>{{ m.partition }}</td><td>{{ "%.4f"|format(m.noise_multiplier) }}</td><td>{{ "%.4g"|format(m.sensitivity) }}</td><td>{{ m.sample_rate }}</td><td>{{ m.steps }}</td><td class="wrap">{{ m.meaning }}</td></tr>
 {% endfor %}</table></div>
+<p class="note">Against whom: {% for o in claim.observers %}{{ o.who }} (sees {{ o.sees }}): epsilon {{ "%.2f"|format(o.epsilon) }}{{ "; " if not loop.last }}{% endfor %}. Tuning: {{ claim.tuning }}. Accountant: {{ claim.accountant|upper }}, {{ claim.accountant_version }}. All fields: privacy.json.</p>
 <p class="note">Not protected: {{ claim.unprotected|join("; ") }}. Random source of the noise: {{ claim.random_source }}. Libraries: {% for name, version in claim.libraries.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.</p>
 </section>
 

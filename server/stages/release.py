@@ -22,7 +22,7 @@ from server.release.report import ReportInputs, SiteRow, ValidationRow
 from server.session import Session
 
 UNPROTECTED = (
-    "that a site took part, refused or failed",
+    "that a site took part, refused (also for having fewer units than its policy asks for) or failed",
     "how long its answers took",
     "the study's settings, the number of rounds and what the plan cost",
 )
@@ -105,6 +105,7 @@ def claim_of(session: Session) -> Claim:
             for p in plan.mechanisms
         ),
         sites=tuple(sorted(sites, key=lambda claim: claim.site)), unprotected=UNPROTECTED, libraries=_libraries(),
+        begun=next((event["at"][:10] for event in session.folder.events() if event["event"] == "begin"), ""),
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ above is the accountant's own slack.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from opacus.accountants import RDPAccountant
@@ -60,7 +62,9 @@ def test_epsilon_is_never_below_the_truth_and_prv_is_tight(seed):
     assert rdp >= prv - PRV_SLACK - 0.01  # the looser of the two, by its nature
     oracle = RDPAccountant()
     oracle.history = [(loss.noise_multiplier, loss.sample_rate, loss.steps) for loss in losses]
-    assert rdp == pytest.approx(oracle.get_epsilon(delta), rel=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its hint that a larger alpha might be tighter
+        assert rdp == pytest.approx(oracle.get_epsilon(delta), rel=1e-9)
 
 
 @pytest.mark.statistical
