@@ -183,6 +183,59 @@ def revoke(sites: Sites, study: StudyFile, by: By) -> None:
 
 
 @app.command()
+def budget(
+    sites: Sites,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="also draw epsilon over time", metavar="FILE.svg")] = None,
+) -> None:
+    """Show what was asked, allowed, refused and spent at this site, by study and stage.
+
+    Example: synthward-site budget site.toml --plot budget.svg
+    """
+    from client.account import account_of, budget_table
+    from client.page import chart
+    from common.errors import DataError
+    from common.files import atomic_write
+
+    if plot is not None and len(sites) > 1:
+        raise DataError("one picture shows one site", where="--plot", remedy="Give a single site file.")
+    accounts = [account_of(config.name, ledger, config.policy) for config, ledger in _ledgers(sites)]
+    print(json.dumps([a.to_json() for a in accounts]) if as_json else "\n\n".join(map(budget_table, accounts)))
+    if plot is not None:
+        atomic_write(plot, str(chart(accounts[0])).encode())
+
+
+@app.command()
+def page(
+    sites: Sites,
+    port: Annotated[int, typer.Option(help="on 127.0.0.1; 0 takes a free one")] = 8765,
+    once: Annotated[Path | None, typer.Option(help="write the page to a file and end", metavar="FILE.html")] = None,
+) -> None:
+    """Show the data-protection officer's page to a browser on this machine, until stopped. It can only be read.
+
+    Example: synthward-site page site.toml
+    """
+    from client.page import HOST, render, server
+    from common.errors import DataError
+    from common.files import atomic_write
+
+    if once is not None:
+        atomic_write(once, render(sites).encode())
+        return
+    try:
+        http = server(sites, port)
+    except OSError as error:
+        raise DataError(f"cannot listen ({error.strerror})", where=f"--port {port}", remedy="Try --port 0.") from error
+    print(f"http://{HOST}:{http.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+    try:
+        http.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        http.server_close()
+
+
+@app.command()
 def serve(
     sites: Sites,
     sockets: Annotated[Path, typer.Option(help="folder of the sockets, one a site: NAME OF SITE FILE.sock")],

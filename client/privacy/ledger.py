@@ -33,8 +33,11 @@ _VERSION = 2
 _SCHEMA = (
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, study TEXT NOT NULL,"
     " body TEXT NOT NULL, hash TEXT NOT NULL)",
-    "CREATE TRIGGER no_change BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
-    "CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    *(
+        f"CREATE TRIGGER entries_no_{what} BEFORE {what} ON entries"
+        " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        for what in ("update", "delete")
+    ),
 )
 _VERSION_1 = (  # what version 1 kept, as entries of this version, in the order in which things happened
     "SELECT at, 'reserved', study, json_object('request', request, 'mechanism', mechanism, 'partition', partition,"

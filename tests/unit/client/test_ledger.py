@@ -110,7 +110,7 @@ def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path):
 def _change(path, *statements):
     """As somebody with the file in hand would: the triggers are no obstacle."""
     db = sqlite3.connect(path)
-    for statement in ("DROP TRIGGER no_change", "DROP TRIGGER no_delete", *statements):
+    for statement in ("DROP TRIGGER entries_no_update", "DROP TRIGGER entries_no_delete", *statements):
         db.execute(statement)
     db.commit()
     db.close()
@@ -162,6 +162,8 @@ CREATE TABLE reservations (
     request TEXT NOT NULL, partition TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL,
     steps INTEGER NOT NULL, sensitivity REAL NOT NULL);
 CREATE TABLE confirmations (reservation INTEGER PRIMARY KEY REFERENCES reservations(id), at TEXT NOT NULL);
+CREATE TRIGGER no_change BEFORE UPDATE ON reservations BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON reservations BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 INSERT INTO reservations VALUES (1, '2026-01-01', 's', 'counts', 'r1', 'train', 4.1234567890123, 1.0, 1, 1.0);
 INSERT INTO reservations VALUES (2, '2026-01-02', 's', 'train', 'r2', 'train', 1.5, 0.1, 10, 1.0);
 INSERT INTO reservations VALUES (3, '2026-01-03', 't', 'evaluate', 'r3', 'holdout', 3.0, 1.0, 1, 2.0);

@@ -1,0 +1,115 @@
+"""The data-protection officer's page, over real HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import shutil
+import sqlite3
+import subprocess
+import threading
+
+import pytest
+
+from client.page import render, server
+from client.privacy.ledger import Ledger
+from common.messages import EnrolRequest, encode
+from support.sites import open_phantom_site
+from support.studies import agreement, tiny_study
+
+STUDY = tiny_study()
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A site file whose ledger holds an approval, two answers and a hostile refusal."""
+    from client.privacy.gate import Gate
+    from client.stages.enrol import enrol
+
+    site = open_phantom_site(tmp_path, STUDY)
+    request = EnrolRequest(agreement())
+    gate: Gate = site.gate(request.agreement, encode(request).hex()[:64])
+    gate.ledger.note("approved", STUDY.sha256, by="Dr. A. Example", name="tiny")
+    enrol(site, gate, request)
+    gate.ledger.note("refused", "cc" * 32, name="<script>alert(1)</script>", rule="policy.max_epsilon",
+                     what='"><img src=x onerror=alert(2)>')  # fmt: skip
+    gate.ledger.close()
+    return tmp_path / "site-1.toml"
+
+
+@pytest.fixture
+def ask(site):
+    running = server([site], 0)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+
+    def ask(method="GET", path="/", host=None):
+        connection = http.client.HTTPConnection("127.0.0.1", running.server_address[1], timeout=30)
+        headers = {} if host is None else {"Host": host}
+        connection.request(method, path, headers=headers)
+        reply = connection.getresponse()
+        return reply.status, reply.read().decode(), dict(reply.headers)
+
+    assert running.server_address[0] == "127.0.0.1"
+    yield ask
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def test_it_shows_what_was_asked_allowed_refused_and_spent(ask, site):
+    status, text, headers = ask()
+    assert status == 200
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    ledger = Ledger(site.parent / "site-1" / "ledger.sqlite")
+    spent = ledger.spent(delta=1e-5, accountant="rdp")["train"]
+    for words in (f"{spent:.2f}", "approved by Dr. A. Example", "Refused 1 times", "policy.max_epsilon",
+                  ledger.head()[1], "counts", "Policy in force"):  # fmt: skip
+        assert words in text, words
+
+
+def test_what_a_coordinator_wrote_is_shown_as_text(ask):
+    _, text, _ = ask()
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert not re.search(r"(src|href)\s*=\s*['\"]?(http|//)", text)
+
+
+def test_it_can_only_be_read_and_only_from_this_machine(ask):
+    assert [ask(method)[0] for method in ("POST", "PUT", "DELETE")] == [405, 405, 405]
+    assert ask("HEAD")[:2] == (200, "")
+    assert ask(path="/../ledger.sqlite")[0] == 404
+    assert ask(host="evil.example:8765")[0] == 403
+    assert ask(host="localhost:8765")[0] == 200
+
+
+def test_a_damaged_ledger_is_shown_in_words(site):
+    db = sqlite3.connect(site.parent / "site-1" / "ledger.sqlite")
+    db.execute("DROP TRIGGER entries_no_update")
+    db.execute("UPDATE entries SET at = 'never' WHERE number = 2")
+    db.commit()
+    db.close()
+    text = render([site])
+    assert "the ledger was changed at entry 2" in text
+    assert "Policy in force" in text
+
+
+def test_reading_writes_nothing(site):
+    state = site.parent / "site-1"
+    before = Ledger(state / "ledger.sqlite").head(), (state / "ledger.head").read_bytes()
+    render([site])
+    assert (Ledger(state / "ledger.sqlite").head(), (state / "ledger.head").read_bytes()) == before
+
+
+def test_a_browser_shows_it(site, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser on this machine")
+    (tmp_path / "page.html").write_text(render([site]))
+    found = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Privacy account" in found.stdout
+    assert "<polyline" in found.stdout
