@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.commands import run
 from common.errors import SynthwardError
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
@@ -87,38 +88,6 @@ def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
             print(f"  {part:<8} {sum(row[part])} images: {counts}")
         for warning in row["warnings"]:
             print(f"  warning  {warning}")
-
-
-@app.command()
-def status(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
-    """Show what a study has spent at this site, from the site's own ledger.
-
-    Example: synthward-site status site.toml --study configs/pneumonia.toml
-    """
-    from client.site import load_site_config
-    from common.study import load_study
-
-    settings = load_study(study)
-    privacy, rows = settings.privacy, []
-    for path in sites:
-        config = load_site_config(path)
-        ledger = config.ledger()
-        spent = ledger.spent(delta=privacy.delta, accountant=privacy.accountant, study=settings.sha256)
-        in_all = ledger.spent(delta=privacy.delta, accountant=privacy.accountant)
-        reserved, confirmed = ledger.counts(settings.sha256)
-        ledger.close()
-        rows.append({"name": config.name, "study": spent, "all_studies": in_all, "reserved": reserved,
-                     "confirmed": confirmed, "ceiling": config.policy.max_epsilon})  # fmt: skip
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        spent = row["study"]
-        print(
-            f"{row['name']}: epsilon {spent['train']:.3f} on train and {spent['holdout']:.3f} on held-out "
-            f"records in this study (delta {privacy.delta:g}); all studies {max(row['all_studies'].values()):.3f} of "
-            f"{row['ceiling']:g}; {row['reserved']} requests reserved, {row['confirmed']} confirmed"
-        )
 
 
 @app.command()
@@ -305,12 +274,8 @@ def _name(by: str) -> str:
 
 
 def main() -> None:
-    """Entry point; an error is one line on standard error and its exit code."""
-    try:
-        app()
-    except SynthwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    """Entry point."""
+    run(app, interrupted="interrupted; what was reserved counts as spent")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ def _open(path: Path, _changed: int, study: Study) -> Site:
     splits = open_source(config.data, study.data, modality=study.study.modality)
     where = str(getattr(config.data, "path", path))
     report = check_splits(splits, study.data, where=where)
-    train, holdout = (Units.of(part, study.privacy.unit) for part in (splits.train, splits.holdout))
+    try:
+        train, holdout = (Units.of(part, study.privacy.unit) for part in (splits.train, splits.holdout))
+    except DataError as error:
+        raise DataError(error.what, where=f"{where}: train_groups", remedy=error.remedy) from error
     cohort = Cohort(len(train), int(train.with_class(len(study.data.classes)).min()))
     return Site(config, splits, report, train, holdout, cohort)

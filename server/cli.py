@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from common.errors import StudyError, SynthwardError
+from common.commands import run as run_command
+from common.errors import StudyError
 
 app = typer.Typer(
     help="Train one private diffusion model over several hospitals and release a synthetic image set.",
@@ -124,26 +125,8 @@ def _simulate(path: Path) -> None:
 
 
 def main() -> None:
-    """Entry point; an error is one line on standard error and its exit code."""
-    try:
-        app(standalone_mode=False)
-    except SynthwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: go on with `synthward run --resume RUN`", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        _usage_error(error)
-
-
-def _usage_error(error: Exception) -> None:
-    """typer's own complaints about the command line, as one line; anything else is a defect and keeps its trace."""
-    show = getattr(error, "format_message", None)
-    if show is None:
-        raise error
-    print(f"error: {show()}", file=sys.stderr)
-    raise SystemExit(2) from None
+    """Entry point."""
+    run_command(app, interrupted="interrupted: go on with `synthward run --resume RUN`")
 
 
 if __name__ == "__main__":
