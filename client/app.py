@@ -28,6 +28,11 @@ def handle_enrol(message: Message, context: Context) -> Message:
     return relay(message, context)
 
 
+@app.query("moments")
+def handle_moments(message: Message, context: Context) -> Message:
+    return relay(message, context)
+
+
 @app.train()
 def handle_train(message: Message, context: Context) -> Message:
     return relay(message, context)

@@ -20,6 +20,7 @@ _WIDTH = 100
 _PART = {"train": "training", "holdout": "held-out"}
 _WORDS = {
     "counts": "how many training {unit}s each class has",
+    "moments": "a blurred average of the {unit}s of each class, and how the blurred {unit}s vary around it",
     "train": "in which direction the model should change to draw {unit}s like the ones here, summed over the {unit}s "
     "drawn at random in a step, and how well it did",
     "reference": "nothing by itself: a classifier trained on {unit}s here, which stays here; its test figures leave in "

@@ -24,6 +24,7 @@ import grpc
 from client.privacy.gate import Gate, Released
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
+from client.stages.moments import moments
 from client.stages.train import train
 from client.stages.validate import validate
 from common.errors import DataError, Refused, ReplyError, StorageError
@@ -32,6 +33,8 @@ from common.messages import (
     MAX_MESSAGE_BYTES,
     EnrolReply,
     EnrolRequest,
+    MomentsReply,
+    MomentsRequest,
     Refusal,
     Request,
     Spent,
@@ -83,6 +86,8 @@ class SiteService:
 def _stage(request: Request) -> tuple[type[Any], Callable[[Site, Gate, Any], Released[Any]]]:
     if isinstance(request, EnrolRequest):
         return EnrolReply, enrol
+    if isinstance(request, MomentsRequest):
+        return MomentsReply, moments
     if isinstance(request, TrainRequest):
         return TrainReply, train
     assert isinstance(request, ValidateRequest)

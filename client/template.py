@@ -32,7 +32,7 @@ min_units = 50               # fewest training images (or patients, where they a
 min_units_per_class = 2      # the same for the smallest class
 require_approval = true      # a study needs `synthward-site approve` before it gets anything
 allowed_studies = []         # SHA-256 of permitted studies; empty = any that is approved
-allowed_mechanisms = ["counts", "train", "reference", "evaluate"]
+allowed_mechanisms = ["counts", "moments", "train", "reference", "evaluate"]
 exact_aggregates = false     # no exact figure leaves; this version has no way to ask for one
 # accountant = "prv"         # or "rdp": how privacy losses are added up
 

@@ -30,6 +30,7 @@ PARTITIONS: tuple[Partition, ...] = ("train", "holdout")
 LARGEST_NOISE = 500.0  # beyond this no result is worth having, and the accountant's own error dominates
 LEAST_NOISE = 0.4  # below it no epsilon of interest lies, and the accountants are slow
 EVALUATIONS = 2  # one is spare, so that a site that is killed in the middle of the only one can still answer
+MOMENTS_SENSITIVITY = math.sqrt(2.0)  # a unit adds a vector and its square, each of norm at most 1 (common/moments.py)
 LOSS_SHARE = 0.2  # of the clipping norm, for the private loss curve; costs 2 % of the gradient's norm
 
 
@@ -77,16 +78,17 @@ class PrivacyLoss:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All mechanisms of a study, by stage; `reference` is None when the study asks for none."""
+    """All mechanisms of a study, by stage; `moments` and `reference` are None when the study asks for none."""
 
     counts: MechanismPlan
+    moments: MechanismPlan | None
     train: MechanismPlan
     reference: MechanismPlan | None
     evaluate: MechanismPlan
 
     @property
     def mechanisms(self) -> tuple[MechanismPlan, ...]:
-        planned = (self.counts, self.train, self.reference, self.evaluate)
+        planned = (self.counts, self.moments, self.train, self.reference, self.evaluate)
         return tuple(plan for plan in planned if plan is not None)
 
     def losses(self, partition: Partition) -> tuple[PrivacyLoss, ...]:
@@ -94,15 +96,13 @@ class StudyPlan:
         return tuple(plan.whole_loss for plan in self.mechanisms if plan.partition == partition)
 
     def to_json(self) -> dict[str, Any]:
-        return {"counts": asdict(self.counts), "train": asdict(self.train),
-                "reference": None if self.reference is None else asdict(self.reference),
-                "evaluate": asdict(self.evaluate)}  # fmt: skip
+        return {name: None if plan is None else asdict(plan) for name, plan in vars(self).items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> StudyPlan:
         """Raises TypeError or KeyError when fields are missing or unknown."""
         read = {name: None if value[name] is None else MechanismPlan(**value[name])
-                for name in ("counts", "train", "reference", "evaluate")}  # fmt: skip
+                for name in ("counts", "moments", "train", "reference", "evaluate")}  # fmt: skip
         return cls(**read)  # pyright: ignore[reportArgumentType]
 
 
@@ -146,8 +146,8 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
 def plan_study(study: Study) -> StudyPlan:
     """Solve for the noise of every stage so that the whole study stays at or below the target epsilon.
 
-    Counts and reference get the noise at which each *alone* would cost its share of epsilon; training gets what the
-    joint composition leaves. Noise is only ever rounded up.
+    Counts, moments and reference get the noise at which each *alone* would cost its share of epsilon; training gets
+    what the joint composition leaves. Noise is only ever rounded up.
 
     Raises:
         BudgetError: no noise up to `LARGEST_NOISE` reaches the target; says what would be possible.
@@ -156,6 +156,12 @@ def plan_study(study: Study) -> StudyPlan:
     counts = _calibrate(
         MechanismPlan("counts", "train", 1.0, 1.0, 1, 1, 1.0), (), privacy.epsilon * privacy.counts_share, study
     )
+    moments = None
+    if privacy.moments_share > 0:
+        moments = _calibrate(
+            MechanismPlan("moments", "train", 1.0, 1.0, 1, 1, MOMENTS_SENSITIVITY), (),
+            privacy.epsilon * privacy.moments_share, study,
+        )  # fmt: skip
     reference = None
     if privacy.reference_share > 0:
         reference = _calibrate(
@@ -163,7 +169,7 @@ def plan_study(study: Study) -> StudyPlan:
                           training.max_grad_norm),  # fmt: skip
             (), privacy.epsilon * privacy.reference_share, study,
         )  # fmt: skip
-    spent = [counts.whole_loss] + ([reference.whole_loss] if reference else [])
+    spent = [plan.whole_loss for plan in (counts, moments, reference) if plan is not None]
     train = _calibrate(
         MechanismPlan("train", "train", 1.0, training.sample_rate, training.local_steps, training.rounds,
                       training.max_grad_norm),  # fmt: skip
@@ -175,7 +181,7 @@ def plan_study(study: Study) -> StudyPlan:
                       math.sqrt(classifiers) * l2_sensitivity(len(study.data.classes))),  # fmt: skip
         (), privacy.epsilon, study,
     )  # fmt: skip
-    return StudyPlan(counts, train, reference, evaluate)
+    return StudyPlan(counts, moments, train, reference, evaluate)
 
 
 def _calibrate(plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: float, study: Study) -> MechanismPlan:
@@ -235,8 +241,10 @@ def check_plan(study: Study, plan: StudyPlan) -> None:
         ("train", "train", training.sample_rate, training.local_steps, training.rounds, training.max_grad_norm),
         ("evaluate", "holdout", 1.0, 1, EVALUATIONS, math.sqrt(classifiers) * l2_sensitivity(len(study.data.classes))),
     ]
+    if study.privacy.moments_share > 0:
+        expected.insert(1, ("moments", "train", 1.0, 1, 1, MOMENTS_SENSITIVITY))
     if study.privacy.reference_share > 0:
-        expected.insert(2, ("reference", "train", validation.reference_sample_rate, validation.reference_steps, 1,
+        expected.insert(-1, ("reference", "train", validation.reference_sample_rate, validation.reference_steps, 1,
                             training.max_grad_norm))  # fmt: skip
     got = [(p.name, p.partition, p.sample_rate, p.steps, p.releases, p.sensitivity) for p in plan.mechanisms]
     if got != expected or any(not 0 < p.noise_multiplier < math.inf for p in plan.mechanisms):

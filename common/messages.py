@@ -44,6 +44,15 @@ class EnrolRequest:
 
 
 @dataclass(frozen=True)
+class MomentsRequest:
+    """Asks for the private class moments of the train partition (`common/moments.py`)."""
+
+    stage: ClassVar[str] = "moments"
+    agreement: Agreement
+    arrays: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """Asks for one round of private training from these weights.
 
@@ -93,6 +102,16 @@ class EnrolReply:
 
 
 @dataclass(frozen=True)
+class MomentsReply:
+    """Noisy sums, float64: arrays["means"] (classes, d) and arrays["squares"] (d (d + 1) / 2,)."""
+
+    stage: ClassVar[str] = "moments"
+    site: str
+    spent: Spent
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
 class TrainReply:
     """Change of the weights (float32, by parameter name) and the noisy mean loss a draw."""
 
@@ -136,10 +155,10 @@ class Refusal:
     arrays: Arrays = field(default_factory=dict)
 
 
-Request = EnrolRequest | TrainRequest | ValidateRequest
-Reply = EnrolReply | TrainReply | ValidateReply | Refusal
-_REQUESTS = {kind.stage: kind for kind in (EnrolRequest, TrainRequest, ValidateRequest)}
-_REPLIES = {kind.stage: kind for kind in (EnrolReply, TrainReply, ValidateReply, Refusal)}
+Request = EnrolRequest | MomentsRequest | TrainRequest | ValidateRequest
+Reply = EnrolReply | MomentsReply | TrainReply | ValidateReply | Refusal
+_REQUESTS = {kind.stage: kind for kind in (EnrolRequest, MomentsRequest, TrainRequest, ValidateRequest)}
+_REPLIES = {kind.stage: kind for kind in (EnrolReply, MomentsReply, TrainReply, ValidateReply, Refusal)}
 
 
 def encode(message: Request | Reply) -> bytes:

@@ -60,6 +60,15 @@ class DiffusionConfig(Settings):
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
 
 
+class WarmStartConfig(Settings):
+    """The server's training on samples of the private class moments, before the first round; costs no privacy."""
+
+    components: int = Field(default=8, ge=1, le=64, description="lowest frequencies a side that the moments hold")
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0, le=1)
+
+
 class TrainingConfig(Settings):
     rounds: int = Field(ge=1, le=10_000)
     local_steps: int = Field(ge=1, le=10_000, description="DP-SGD steps a round at each site")
@@ -79,6 +88,7 @@ class PrivacyConfig(Settings):
     counts_share: float = Field(
         default=0.15, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"
     )
+    moments_share: float = Field(default=0.25, ge=0, lt=1, description="the same for the class moments; 0 = none")
     reference_share: float = Field(
         default=0.25, ge=0, lt=1, description="the same for the real-data reference; 0 = none"
     )
@@ -127,6 +137,7 @@ class Study(Settings):
     data: DataConfig
     network: NetworkConfig = NetworkConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     training: TrainingConfig
     privacy: PrivacyConfig
     federation: FederationConfig = FederationConfig()
@@ -146,6 +157,8 @@ class Study(Settings):
         for level, heads in enumerate(net.heads):
             if heads < 1 or (net.width * 2**level) % heads:
                 raise ValueError(f"network.heads: {heads} heads do not divide {net.width * 2**level} channels")
+        if self.warm_start.components > side:
+            raise ValueError(f"warm_start.components: more than the {side} px of a side")
         if len(set(self.data.classes)) != len(self.data.classes):
             raise ValueError("data.classes: names must differ")
         if self.federation.min_sites > self.simulation.sites:

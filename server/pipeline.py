@@ -2,8 +2,8 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-enrol → train → generate → validate → release. Each takes up what was kept: a round that has a checkpoint, a batch of
-images, an answer that a site has stored, is never made or paid for twice.
+enrol → moments → train → generate → validate → release. Each takes up what was kept: a round that has a checkpoint,
+a batch of images, an answer that a site has stored, is never made or paid for twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from server.progress import Progress
 from server.session import Session
 from server.stages.enrol import enrol
 from server.stages.generate import generate
+from server.stages.moments import moments
 from server.stages.release import release
 from server.stages.train import train
 from server.stages.validate import validate
@@ -44,6 +45,7 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
     try:
         with MemoryWatch() as memory:
             enrol(session)
+            moments(session)
             state = train(session)
             synthetic = generate(session, state)
             validation = validate(session, synthetic)

@@ -30,9 +30,9 @@ from client.privacy.randomness import NoiseSource
 from common.accounting import MechanismPlan, check_plan
 from common.errors import BudgetError
 from common.files import atomic_write
-from common.messages import Agreement, EnrolReply, Spent, TrainReply, ValidateReply, decode_reply, encode
+from common.messages import Agreement, EnrolReply, MomentsReply, Spent, TrainReply, ValidateReply, decode_reply, encode
 
-R = TypeVar("R", EnrolReply, TrainReply, ValidateReply)
+R = TypeVar("R", EnrolReply, MomentsReply, TrainReply, ValidateReply)
 _KEY = object()
 
 

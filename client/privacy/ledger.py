@@ -107,11 +107,13 @@ class Ledger:
                 f"the ledger cannot be opened ({error})", where=str(path), remedy="Nothing was spent; check the file."
             ) from error
         if version > _VERSION:
+            self.close()
             raise StorageError("the ledger is of a newer version", where=str(path), remedy="Update synthward.")
         if version < _VERSION:
             self._create()
         problems = self.problems()
         if problems:
+            self.close()
             raise StorageError(
                 problems[0], where=str(path),
                 remedy="Nothing was spent. Restore ledger and head file, then run `synthward-site verify-ledger`.",

@@ -15,7 +15,7 @@ from common.accounting import StudyPlan, epsilon_of
 from common.errors import PolicyRefusal
 from common.study import Settings, Study
 
-MechanismName = Literal["counts", "train", "reference", "evaluate"]
+MechanismName = Literal["counts", "moments", "train", "reference", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SitePolicy(Settings):
     min_units: int = Field(default=20, ge=1, description="smallest train partition that may take part")
     min_units_per_class: int = Field(default=2, ge=0)
     allowed_studies: tuple[str, ...] = Field(default=(), description="SHA-256 of permitted studies; empty = any")
-    allowed_mechanisms: tuple[MechanismName, ...] = ("counts", "train", "reference", "evaluate")
+    allowed_mechanisms: tuple[MechanismName, ...] = ("counts", "moments", "train", "reference", "evaluate")
     exact_aggregates: Literal[False] = Field(
         default=False, description="no exact figure leaves; nothing can ask for it"
     )

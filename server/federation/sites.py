@@ -16,7 +16,7 @@ from common.errors import FederationError, ReplyError
 from common.messages import Refusal, Reply, Request, decode_reply, encode
 from common.wire import from_record, to_record
 
-MESSAGE_TYPES = {"enrol": "query.enrol", "train": "train", "validate": "evaluate"}
+MESSAGE_TYPES = {"enrol": "query.enrol", "moments": "query.moments", "train": "train", "validate": "evaluate"}
 _POLL_SECONDS = 0.2
 
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from common.errors import ReplyError
 from common.messages import Arrays, TrainReply, TrainRequest
-from common.model.swin_unet import SwinUNet
 from common.optimizer import largest_update_norm
-from common.study import Study
 from server.checkpoints import Checkpoint, RoundRow
 from server.federation.aggregation import apply, average, moving_average
 from server.federation.screening import screen_update
 from server.federation.sites import Answers
 from server.session import Session
+from server.synthesis.warm_start import initial_weights
 
 
 def train(session: Session) -> Checkpoint:
@@ -33,7 +30,8 @@ def train(session: Session) -> Checkpoint:
     study = session.agreement.study
     rounds = study.training.rounds
     kept = session.folder.last_checkpoint()
-    state = kept or Checkpoint(0, *_initial(study))
+    weights = initial_weights(study)
+    state = kept or Checkpoint(0, weights, {name: array.copy() for name, array in weights.items()})
     text = f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds"
     session.progress.stage("train", text, done=state.round)
     while state.round < rounds:
@@ -44,13 +42,6 @@ def train(session: Session) -> Checkpoint:
         state = following
     session.folder.keep_result("train", {"rounds": state.round})
     return state
-
-
-def _initial(study: Study) -> tuple[Arrays, Arrays]:
-    """Public initial weights, drawn from the study's seed."""
-    torch.manual_seed(study.study.seed)
-    weights = {n: p.detach().numpy().copy() for n, p in SwinUNet(study.network, study.data).named_parameters()}
-    return weights, {name: array.copy() for name, array in weights.items()}
 
 
 def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:

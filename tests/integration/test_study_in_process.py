@@ -153,8 +153,8 @@ def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkp
     run.grid = InProcessGrid(run.files)
     run.go()
     assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
-    assert run.ledger(1).counts(STUDY.sha256)[0] == 1 + 2 + 2  # counts, two rounds, reference and evaluation: no more
-    assert run.ledger(2).counts(STUDY.sha256)[0] == 1 + 2 + 2
+    assert run.ledger(1).counts(STUDY.sha256)[0] == 2 + 2 + 2  # counts, moments, two rounds, reference, evaluation
+    assert run.ledger(2).counts(STUDY.sha256)[0] == 2 + 2 + 2
 
 
 def test_a_site_that_took_part_and_is_gone_after_a_resume_stays_in_the_claim(tmp_path, monkeypatch):
@@ -306,3 +306,32 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path,
     assert not list(run.folder.path.rglob(".round-*"))
     run.go()
     assert run.folder.last_checkpoint().round == 2
+
+
+def test_moments_are_asked_once_and_their_network_is_the_checkpoint_of_round_0(tmp_path, monkeypatch):
+    run = _Run(tmp_path)
+    monkeypatch.setattr(pipeline, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.go()  # the moments are there, then it stops
+    first = run.folder.last_checkpoint()
+    assert first.round == 0
+    assert run.ledger(1).counts(STUDY.sha256) == (2, 2)  # counts and moments
+    monkeypatch.undo()
+    run.go()
+    asked = [entry.body["mechanism"] for entry in run.ledger(1).entries() if entry.kind == "reserved"]
+    assert asked.count("moments") == 1
+    assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
+
+
+def test_a_study_without_moments_asks_for_none(tmp_path):
+    run = _Run(tmp_path, tiny_study(privacy={"moments_share": 0.0}))
+    run.go()
+    asked = {entry.body["mechanism"] for entry in run.ledger(1).entries() if entry.kind == "reserved"}
+    assert asked == {"counts", "train", "reference", "evaluate"}
+
+
+def test_bad_moments_are_dropped_and_named(tmp_path):
+    run = _Run(tmp_path)
+    run.grid.tamper[3] = lambda reply: _nan(reply) if reply.stage == "moments" else reply
+    run.go()
+    assert "moments: site-3 left out: values that are not finite" in run.out.getvalue()

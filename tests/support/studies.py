@@ -17,6 +17,7 @@ TINY: dict[str, dict[str, Any]] = {
     "data": {"image_size": 16, "channels": 1, "classes": ["clear", "opacity"]},
     "network": {"patch_size": 2, "width": 16, "depths": [1, 1], "heads": [2, 2], "window": 4},
     "diffusion": {"timesteps": 100, "noise_multiplicity": 1},
+    "warm_start": {"components": 4, "steps": 3, "batch_size": 8},
     "training": {"rounds": 2, "local_steps": 2, "sample_rate": 0.2},
     "privacy": {"epsilon": 8.0, "delta": 1e-5, "accountant": "rdp"},
     "federation": {"min_sites": 2, "timeout_seconds": 120},
