@@ -44,7 +44,7 @@ class DataConfig(Settings):
 
 
 class NetworkConfig(Settings):
-    """Swin U-Net noise predictor (Pan et al. 2023); one entry of `depths` and `heads` a level."""
+    """Swin U-Net of the diffusion model (Pan et al. 2023); one entry of `depths` and `heads` a level."""
 
     patch_size: Literal[1, 2, 4, 8] = 2
     width: int = Field(default=32, ge=8, le=512, description="channels at the first level; doubled a level")

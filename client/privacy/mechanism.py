@@ -12,7 +12,7 @@ import torch
 
 from client.privacy.randomness import NoiseSource
 
-_GRID_BITS = 20
+_GRID_BITS = 20  # exact while the sum is below 2^31 noise standard deviations, so for up to 1e8 records
 
 
 def gaussian_release(
@@ -31,13 +31,13 @@ def gaussian_release(
         the lowest bits, in which a floating-point sum could betray its parts, are gone (post-processing).
 
     Raises:
-        ValueError: noise or sensitivity is not positive, or the sum is not finite.
+        ValueError: noise or sensitivity is not positive and finite, or the sum is not finite.
     """
     std = noise_multiplier * sensitivity
-    if not std > 0:
-        raise ValueError("noise_multiplier and sensitivity must be positive")
+    if not (noise_multiplier > 0 and sensitivity > 0 and 0 < std < math.inf):
+        raise ValueError("noise_multiplier and sensitivity must be positive and finite")
     if not all(bool(torch.isfinite(part).all()) for part in total.values()):
         raise ValueError("a sum with non-finite values cannot be released")
     grid = 2.0 ** (math.floor(math.log2(std)) - _GRID_BITS)
     noisy = {name: part.detach().double() + std * source.normal_like(part) for name, part in total.items()}
-    return {name: torch.round(part / grid) * grid for name, part in noisy.items()}
+    return {name: torch.round(part / grid) * grid + 0.0 for name, part in noisy.items()}  # + 0.0: no negative zero

@@ -27,7 +27,7 @@ from common.model.swin_unet import SwinUNet
 from common.optimizer import Adam
 from common.study import Study
 
-LARGEST_LOSS = 2.0  # a network that predicts no noise at all has loss 1
+LARGEST_LOSS = 2.0  # a network that predicts nothing has loss 1 at most
 
 
 def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]:

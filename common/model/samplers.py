@@ -27,7 +27,7 @@ def sample(
     """Sample one image a label.
 
     Args:
-        net: noise predictor on (n, 1, C, H, W).
+        net: predictor of the velocity (`NoiseSchedule.velocity`) on (n, 1, C, H, W).
         labels: int64 (n,).
         shape: (C, H, W).
         config: sampler, steps and guidance weight w: (1 + w)·conditional - w·unconditional (Ho and Salimans 2022).
@@ -43,7 +43,7 @@ def sample(
 
     def denoise(x: Tensor, t: int) -> Tensor:
         a = schedule.alphas_bar[t]
-        x0 = (x.double() - (1 - a).sqrt() * _noise(net, x, t, labels, config.guidance).double()) / a.sqrt()
+        x0 = a.sqrt() * x.double() - (1 - a).sqrt() * _velocity(net, x, t, labels, config.guidance).double()
         return x0.clamp(-clip, clip).float()
 
     if config.sampler == "dpm-solver++":
@@ -67,7 +67,7 @@ def _even_in_lambda(schedule: NoiseSchedule, steps: int) -> list[int]:
     return sorted({int((lam - value).abs().argmin()) for value in wanted}, reverse=True)
 
 
-def _noise(net: nn.Module, x: Tensor, t: int, labels: Tensor, guidance: float) -> Tensor:
+def _velocity(net: nn.Module, x: Tensor, t: int, labels: Tensor, guidance: float) -> Tensor:
     times = torch.full((len(labels), 1), t, dtype=torch.int64)
     conditional = net(x[:, None], times, labels[:, None])[:, 0]
     if guidance == 0:

@@ -1,4 +1,4 @@
-"""Swin U-Net noise predictor, conditional on time and class (after Pan et al. 2023, Phys. Med. Biol. 68 105004).
+"""Swin U-Net of the diffusion model, conditional on time and class (after Pan et al. 2023, Phys. Med. Biol. 68 105004).
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -119,7 +119,7 @@ class SwinUNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predicted noise.
+        """Predicted velocity (`NoiseSchedule.velocity`), which says how much of x is noise.
 
         Args:
             x: noisy images (B, K, C, H, W).

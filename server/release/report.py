@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from common.claims import Claim
+from common.claims import Claim, two_digits_up
 from common.images import ImageSet
 from common.metrics import Estimate, Figures
 from common.study import Study, study_toml
@@ -65,13 +65,14 @@ def render_report(inputs: ReportInputs) -> str:
     """The page as HTML: inline style, inline pictures, no script, no request to anywhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["estimate"] = estimate_text
+    environment.filters["up"] = two_digits_up
     numbers = [row.round for row in inputs.rounds]
     sites = sorted({site for row in inputs.rounds for site in row.epsilon})
     charts = {}
     if numbers:
         charts["loss"] = Markup(curve(numbers, {"loss": [row.loss for row in inputs.rounds]}, ylabel="loss (noisy)"))
         lines: dict[str, Any] = {site: [row.epsilon.get(site) for row in inputs.rounds] for site in sites}
-        ceiling = inputs.study.privacy.epsilon
+        ceiling = inputs.claim.epsilon_ceiling
         charts["epsilon"] = Markup(curve(numbers, lines, ylabel="epsilon, training records", ceiling=ceiling))
     sheets = [
         (name, int((inputs.synthetic.labels == label).sum()), _data_uri(contact_sheet(inputs.synthetic, label)))

@@ -10,6 +10,7 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from common.accounting import epsilon_of
 from common.claims import Claim, MechanismClaim, SiteClaim
@@ -22,9 +23,13 @@ from server.release.report import ReportInputs, SiteRow, ValidationRow
 from server.session import Session
 
 UNPROTECTED = (
-    "that a site took part, refused (also for having fewer units than its policy asks for) or failed",
-    "how long its answers took",
-    "the study's settings, the number of rounds and what the plan cost",
+    "that a site took part, and in which rounds",
+    "that a site refused or failed, and why: also that its units, or those of a class, are fewer than its own minimum, "
+    "or that its data cannot be read",
+    "that a site which takes part has at least its own minimum of units",
+    "in a refusal for a site's own ceiling: what all studies there have cost so far",
+    "how long answers took",
+    "the study's settings, the number of rounds, and what the plan cost",
 )
 _NAMES = {
     "synthetic": "trained on the synthetic images",
@@ -57,7 +62,7 @@ def release(
         "study": study.study.name, "sha256": study.sha256, "images": len(synthetic), "rounds": state.round,
         "minutes": round(seconds / 60, 2), "peak_memory_mb": round(peak_memory_mb, 1), "machine": _machine(),
         "phantoms": claim.phantoms,
-        "epsilon": {"ceiling": study.privacy.epsilon, "delta": study.privacy.delta, "max": claim.epsilon_max,
+        "epsilon": {"ceiling": claim.epsilon_ceiling, "delta": claim.delta, "max": claim.epsilon_max,
                     "sum": claim.epsilon_sum, "sites": {s.site: s.epsilon for s in claim.sites}},
         "validation": [
             {"name": row.name, "auc_macro": row.auc_macro.to_json(), "f1_macro": row.f1_macro.to_json(),
@@ -89,7 +94,7 @@ def claim_of(session: Session) -> Claim:
         return epsilon_of(losses, delta=privacy.delta, accountant=privacy.accountant)
 
     whole = {"epsilon_train": planned("train"), "epsilon_holdout": planned("holdout"), "basis": "plan"}
-    enrolled = session.folder.result("enrol") or {}
+    enrolled, events = session.folder.result("enrol") or {}, session.folder.events()
     sites = [
         SiteClaim(m.site, **whole) if m.open_question else SiteClaim(m.site, m.spent.train, m.spent.holdout, "ledger")
         for m in members
@@ -98,15 +103,20 @@ def claim_of(session: Session) -> Claim:
     return Claim(
         study=study.study.name, study_sha256=study.sha256, unit=privacy.unit, delta=privacy.delta,
         epsilon_ceiling=privacy.epsilon, accountant=privacy.accountant, trust_model=privacy.trust,
-        phantoms=all(entry["phantoms"] for entry in enrolled.values()),
+        phantoms=bool(enrolled) and all(entry["phantoms"] for entry in enrolled.values()),
         random_source="; ".join(sorted({entry["random_source"] for entry in enrolled.values()})),
         mechanisms=tuple(
             MechanismClaim(p.name, p.partition, p.noise_multiplier, p.sample_rate, p.steps * p.releases, p.sensitivity)
             for p in plan.mechanisms
         ),
         sites=tuple(sorted(sites, key=lambda claim: claim.site)), unprotected=UNPROTECTED, libraries=_libraries(),
-        begun=next((event["at"][:10] for event in session.folder.events() if event["event"] == "begin"), ""),
+        begun=_date(events, event="begin"), ended=_date(events, event="stage", stage="release"),
     )  # fmt: skip
+
+
+def _date(events: list[dict[str, Any]], **values: str) -> str:
+    """Date of the first event of a kind: the first, so that a second pass says the same."""
+    return next((event["at"][:10] for event in events if values.items() <= event.items()), "")
 
 
 def _exactly(value: float) -> Estimate:

@@ -25,6 +25,7 @@ def report_inputs(study: Study, *, phantoms: bool = False) -> ReportInputs:
         mechanisms=(MechanismClaim("train", "train", 1.5, 0.1, 100, 1.0),),
         sites=(SiteClaim("site-1", 7.25, 3.0, "ledger"), SiteClaim("site-2", 6.5, 4.5, "plan")),
         unprotected=("that a site took part",), libraries={"opacus": "1.6.0"},
+        begun="2026-01-02", ended="2026-01-03",
     )  # fmt: skip
     counts = ScoreCounts(
         np.full((classes, 8), 5.0), np.full((classes, 8), 6.0), np.full((classes, classes), 9.0)
