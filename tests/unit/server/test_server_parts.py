@@ -15,8 +15,8 @@ from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moving_average
 from server.release.bundle import verify_checksums
 from server.release.formats import contact_sheet, write_npz, write_pngs
-from server.stages.train import _initial
 from server.synthesis.generation import generate, load_generated, planned_labels
+from server.synthesis.warm_start import initial_weights
 from support.studies import agreement, tiny_study
 
 STUDY = tiny_study()
@@ -48,7 +48,7 @@ def test_labels_follow_the_private_counts_with_every_class_present(counts):
 
 
 def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
-    _, ema = _initial(STUDY)
+    ema = initial_weights(STUDY)
     labels = planned_labels([1, 1], 24, seed=0)
     whole = generate(STUDY, ema, labels, tmp_path / "a")
     seen = []
