@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.model.layers import RelativePositionBias
 
+LARGEST_PHYSICAL_BATCH = 32  # larger ones are hardly quicker, and waste more on filling the last one
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> one loss a record (B,)
 
 
@@ -103,8 +107,9 @@ def _recording(net: nn.Module, records: int) -> Iterator[_Tape]:
 
 
 def clipped_gradient_sum(
-    net: nn.Module, per_record_loss: LossFunction, x: Tensor, y: Tensor, *, max_grad_norm: float, physical_batch: int
-) -> ClippedSum:
+    net: nn.Module, per_record_loss: LossFunction, x: Tensor, y: Tensor, *, max_grad_norm: float, physical_batch: int,
+    records: int | None = None,
+) -> ClippedSum:  # fmt: skip
     """Sum over records of the clipped gradient of each record's loss.
 
     Removing one record changes the sum by at most `max_grad_norm` in L2, over all parameters together.
@@ -113,7 +118,10 @@ def clipped_gradient_sum(
         per_record_loss: (x, y) -> (B,), entry b depending on record b alone.
         x: (B, ...), y: (B,); B may be 0.
         max_grad_norm: C > 0.
-        physical_batch: most records in memory at once; does not change the result.
+        physical_batch: most records in memory at once; does not change the result but by rounding.
+        records: only the first `records` rows are records; the others fill the last physical batch and add nothing.
+            Rounding depends on the size of a batch, and with weights that an enemy chose, rounding is no small thing:
+            fill to a fixed size (`filled`), and no record can move another's gradient by being there.
 
     Raises:
         ValueError: a module is not supported.
@@ -125,22 +133,23 @@ def clipped_gradient_sum(
     losses, norms, left_out = [], [], 0
     for start in range(0, len(y), physical_batch):
         part = slice(start, start + physical_batch)
-        records = len(y[part])
-        with _recording(net, records) as tape:
+        rows = len(y[part])
+        real = torch.arange(start, start + rows) < (len(y) if records is None else records)
+        with _recording(net, rows) as tape:
             loss = per_record_loss(x[part], y[part])
             loss.sum().backward()
-        squares = torch.zeros(records, dtype=x.dtype)
+        squares = torch.zeros(rows, dtype=x.dtype)
         for name, captured in tape.layers.items():
             squares += _square_norms(net.get_submodule(name), captured)
-        good = torch.isfinite(squares) & torch.isfinite(loss.detach())
+        good = torch.isfinite(squares) & torch.isfinite(loss.detach()) & real
         norm = squares.sqrt()
         factors = torch.where(good, (max_grad_norm / norm).clamp(max=1.0), 0.0)
         for name, captured in tape.layers.items():
             for parameter, value in _weighted_sum(net.get_submodule(name), captured, factors, good).items():
                 total[f"{name}.{parameter}" if name else parameter] += value
-        losses.append(torch.where(good, loss.detach(), 0.0))
-        norms.append(norm)
-        left_out += int((~good).sum())
+        losses.append(torch.where(good, loss.detach(), 0.0)[real])
+        norms.append(norm[real])
+        left_out += int((~good & real).sum())
     empty = x.new_zeros(0)
     return ClippedSum(total, torch.cat([empty, *losses]), torch.cat([empty, *norms]), left_out)
 
@@ -211,5 +220,11 @@ def bytes_per_record(net: nn.Module, per_record_loss: LossFunction, x: Tensor, y
 
 
 def physical_batch_for(memory_mb: int, per_record: int) -> int:
-    """Most records that fit into `memory_mb`; at least 1."""
-    return max(1, memory_mb * 1_000_000 // max(1, per_record))
+    """Most records that fit into `memory_mb`, at most `LARGEST_PHYSICAL_BATCH`; at least 1."""
+    return max(1, min(LARGEST_PHYSICAL_BATCH, memory_mb * 1_000_000 // max(1, per_record)))
+
+
+def filled(rows: NDArray[Any], physical_batch: int) -> NDArray[Any]:
+    """Rows (B, ...) with zeros after them, up to the next multiple of `physical_batch`."""
+    missing = -len(rows) % physical_batch
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), dtype=rows.dtype)])

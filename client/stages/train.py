@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Permit, Released
-from client.privacy.grad_sample import ClippedSum, bytes_per_record, clipped_gradient_sum, physical_batch_for
+from client.privacy.grad_sample import ClippedSum, bytes_per_record, clipped_gradient_sum, filled, physical_batch_for
 from client.site import Site
 from common.accounting import LOSS_SHARE
 from common.errors import ReplyError
@@ -96,7 +96,8 @@ class _Step:
         mask = self._permit.sample("train", len(self._units))
         images, labels = self._units.draw(mask, self._draws, self._choice)
         clipped = clipped_gradient_sum(
-            self._net, self._per_record, to_unit(images), torch.from_numpy(labels),
+            self._net, self._per_record, to_unit(filled(images, self._physical)),
+            torch.from_numpy(filled(labels, self._physical)), records=len(labels),
             max_grad_norm=self._norm * math.sqrt(1 - LOSS_SHARE**2), physical_batch=self._physical,
         )  # fmt: skip
         self.nonfinite += clipped.nonfinite

@@ -141,7 +141,9 @@ class BiomarkerClassifier:
     def predict(self, images: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
         """Class probabilities (N, K) of images (N, C, H, W), each row summing to 1; N may be 0.
 
-        Where the network overflows, the row is 1/K: an error raised for one image would tell that it was there.
+        Every pass has `batch` images, the last one filled with black ones: rounding depends on the size of a batch, and
+        no image may move another's score by being there. Where the network overflows, the row is 1/K: an error raised
+        for one image would tell that it was there.
 
         Raises:
             DataError: channels or size differ from those the classifier was trained on.
@@ -153,12 +155,14 @@ class BiomarkerClassifier:
                 where="classifier",
                 remedy="Prepare the images to the study's size.",
             )
+        count = len(images)
+        images = np.concatenate([images, np.zeros((-count % batch, *expected), dtype=np.uint8)])
         with torch.inference_mode():
             parts = [
                 self.net(to_unit(images[start : start + batch])).softmax(dim=1).numpy()
                 for start in range(0, len(images), batch)
             ]
-        scores = np.concatenate(parts) if parts else np.zeros((0, self.classes), dtype=np.float32)
+        scores = np.concatenate(parts)[:count] if parts else np.zeros((0, self.classes), dtype=np.float32)
         scores[~np.isfinite(scores).all(axis=1)] = 1.0 / self.classes
         return scores
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from client.privacy.grad_sample import (
+    LARGEST_PHYSICAL_BATCH,
     bytes_per_record,
     check_supported,
     clipped_gradient_sum,
@@ -179,5 +180,63 @@ def test_the_memory_setting_bounds_the_physical_batch():
     x, y, made = batch(1, size=16, channels=1, draws=2, dtype=torch.float32)
     per_record = bytes_per_record(net, lambda a, b: diffusion_loss(2).losses(net, a, b, made), x, y)
     assert per_record > x.nbytes
-    assert physical_batch_for(100, per_record) == 100_000_000 // per_record
+    assert physical_batch_for(1, per_record) == min(LARGEST_PHYSICAL_BATCH, 1_000_000 // per_record)
+    assert physical_batch_for(100, 9_000_000) == 11
+    assert physical_batch_for(100_000, per_record) == LARGEST_PHYSICAL_BATCH
     assert physical_batch_for(1, 10**12) == 1
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_with_hostile_weights_no_record_moves_the_others_where_batches_have_a_fixed_size(fill):
+    """Weights far beyond any that training makes, as an enemy could send: rounding then depends on the batch's size.
+
+    Without filling the test sees it: the sum moves by more than one record may.
+    """
+    threads, worst = torch.get_num_threads(), 0.0
+    torch.set_num_threads(2)
+    for seed in range(6):
+        net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float32)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(std=10.0)
+        x, y, draws = batch(6, size=16, channels=1, draws=1, dtype=torch.float32)
+        loss = diffusion_loss(1)
+
+        def total(keep):
+            rows = torch.tensor(keep)
+            size = 8 if fill else len(keep)
+            padded = torch.cat([rows, torch.zeros(size - len(keep), dtype=torch.int64)])
+            chosen = type(draws)(draws.t[padded], draws.noise[padded], draws.keep_label[padded])
+            found = clipped_gradient_sum(
+                net, lambda a, b: loss.losses(net, a, b, chosen), x[padded], y[padded], max_grad_norm=1.0,
+                physical_batch=size, records=len(keep),
+            )  # fmt: skip
+            return torch.cat([g.flatten().double() for g in found.gradients.values()])
+
+        whole = total(range(6))
+        worst = max(worst, *(float((whole - total([r for r in range(6) if r != gone])).norm()) for gone in range(6)))
+    torch.set_num_threads(threads)
+    if not fill and worst <= 1 + 1e-5:
+        pytest.skip("this processor rounds alike whatever the size of a batch, so there is nothing to see")
+    assert (worst <= 1 + 1e-5) == fill
+
+
+def test_rows_that_fill_a_batch_add_nothing():
+    net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float64)
+    x, y, draws = batch(3, size=16, channels=1, draws=1, dtype=torch.float64)
+    loss = diffusion_loss(1)
+    plain = clipped_gradient_sum(
+        net, lambda a, b: loss.losses(net, a, b, draws), x, y, max_grad_norm=1.0, physical_batch=3
+    )
+    more = torch.tensor([0, 1, 2, 0, 0])
+    again = type(draws)(draws.t[more], draws.noise[more], draws.keep_label[more])
+    x = torch.cat([x, torch.full_like(x[:2], float("nan"))])
+    with_fill = clipped_gradient_sum(
+        net, lambda a, b: loss.losses(net, a, b, again), x, y[more], max_grad_norm=1.0, physical_batch=5, records=3
+    )
+    for name, value in plain.gradients.items():
+        torch.testing.assert_close(with_fill.gradients[name], value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(with_fill.losses, plain.losses)
+    assert len(with_fill.norms) == 3
+    assert with_fill.nonfinite == 0

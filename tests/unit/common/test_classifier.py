@@ -112,6 +112,14 @@ def test_weights_that_overflow_give_even_probabilities(trained: BiomarkerClassif
     assert np.array_equal(hostile.predict(easy(3, seed=1).images), np.full((3, 2), 0.5, np.float32))
 
 
+def test_no_image_moves_anothers_score_by_being_there(trained: BiomarkerClassifier) -> None:
+    images = easy(9, seed=5).images
+    whole = trained.predict(images, batch=16)
+    for gone in (0, 4, 8):
+        keep = np.arange(9) != gone
+        assert np.array_equal(trained.predict(images[keep], batch=16), whole[keep])
+
+
 def test_images_of_another_size_and_labels_out_of_range_are_refused(trained: BiomarkerClassifier) -> None:
     with pytest.raises(DataError, match="28"):
         trained.predict(easy(2, seed=0, side=32).images)
