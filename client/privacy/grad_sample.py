@@ -11,6 +11,7 @@ Exactness is shown by tests against a loop over single records, not by reading: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from common.model.layers import RelativePositionBias
 
-LARGEST_PHYSICAL_BATCH = 32  # larger ones are hardly quicker, and waste more on filling the last one
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> one loss a record (B,)
 
 
@@ -219,9 +219,14 @@ def bytes_per_record(net: nn.Module, per_record_loss: LossFunction, x: Tensor, y
     return 3 * held  # autograd's own copies and the temporaries of the norms; tests/unit holds this to be enough
 
 
-def physical_batch_for(memory_mb: int, per_record: int) -> int:
-    """Most records that fit into `memory_mb`, at most `LARGEST_PHYSICAL_BATCH`; at least 1."""
-    return max(1, min(LARGEST_PHYSICAL_BATCH, memory_mb * 1_000_000 // max(1, per_record)))
+def physical_batch_for(memory_mb: int, per_record: int, expected_batch: float) -> int:
+    """One size for every batch of a round: room for nearly all Poisson batches, but no more than `memory_mb` hold.
+
+    Args:
+        expected_batch: public estimate of the records a step; never the true number.
+    """
+    room = math.ceil(expected_batch + 3.0 * math.sqrt(expected_batch))
+    return max(1, min(room, memory_mb * 1_000_000 // max(1, per_record)))
 
 
 def filled(rows: NDArray[Any], physical_batch: int) -> NDArray[Any]:

@@ -46,7 +46,7 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
     optimizer.restore(moments)
     with gate.spend(plan) as permit:
         total_loss = 0.0
-        step = _Step(site, study, net, permit)
+        step = _Step(site, study, net, permit, request.expected_batch)
         for _ in range(plan.steps):
             noisy = step.noisy_sum()
             total_loss += float(noisy.pop("loss")) * LARGEST_LOSS / (LOSS_SHARE * plan.sensitivity)
@@ -70,7 +70,7 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
 class _Step:
     """One DP-SGD step after another on the same data and network."""
 
-    def __init__(self, site: Site, study: Study, net: SwinUNet, permit: Permit) -> None:
+    def __init__(self, site: Site, study: Study, net: SwinUNet, permit: Permit, expected_batch: float) -> None:
         self._units, self._draws = site.train, study.diffusion.noise_multiplicity
         self._net, self._permit = net, permit
         self._norm = study.training.max_grad_norm
@@ -85,7 +85,7 @@ class _Step:
         shape = (study.data.channels, study.data.image_size, study.data.image_size)
         probe = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)
         self._physical = physical_batch_for(
-            site.config.performance.memory_mb, bytes_per_record(net, self._per_record, *probe)
+            site.config.performance.memory_mb, bytes_per_record(net, self._per_record, *probe), expected_batch
         )
 
     def _per_record(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

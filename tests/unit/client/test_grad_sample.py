@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from client.privacy.grad_sample import (
-    LARGEST_PHYSICAL_BATCH,
     bytes_per_record,
     check_supported,
     clipped_gradient_sum,
@@ -180,10 +179,10 @@ def test_the_memory_setting_bounds_the_physical_batch():
     x, y, made = batch(1, size=16, channels=1, draws=2, dtype=torch.float32)
     per_record = bytes_per_record(net, lambda a, b: diffusion_loss(2).losses(net, a, b, made), x, y)
     assert per_record > x.nbytes
-    assert physical_batch_for(1, 100_000) == 10
-    assert physical_batch_for(100, 9_000_000) == 11
-    assert physical_batch_for(100_000, per_record) == LARGEST_PHYSICAL_BATCH
-    assert physical_batch_for(1, 10**12) == 1
+    assert physical_batch_for(100, 9_000_000, 1000.0) == 11
+    assert physical_batch_for(1, 100_000, 1000.0) == 10
+    assert physical_batch_for(100_000, per_record, 100.0) == 130
+    assert physical_batch_for(1, 10**12, 100.0) == 1
 
 
 @pytest.mark.parametrize("fill", [True, False])
