@@ -35,11 +35,13 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
 
     Raises:
         PolicyRefusal, BudgetError: refused; no record was touched.
-        ReplyError: the server's weights do not fit the study's network.
+        ReplyError: the server's weights do not fit the study's network, or its expected batch is no positive number.
     """
     study, plan = request.agreement.study, request.agreement.plan.train
     torch.set_num_threads(site.config.performance.threads)
     net = load_network(study, request.arrays)
+    if not 0 < request.expected_batch < math.inf:
+        raise ReplyError(f"an expected batch of {request.expected_batch} records", where="request")
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = Adam(dict(net.named_parameters()), learning_rate=study.training.learning_rate)
     moments = site.state / f"adam-{study.sha256[:16]}.safetensors"

@@ -255,6 +255,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_spent(site):
     for arrays in (broken, {"other": np.zeros(3, np.float32)}):
         with pytest.raises(ReplyError):
             _ask(site, replace(request, arrays=arrays))
+    for batch in (0.0, -1.0):
+        with pytest.raises(ReplyError, match="expected batch"):
+            _ask(site, replace(request, expected_batch=batch))
     assert site.gate(agreement(), "x").ledger.counts(STUDY.sha256) == (0, 0)
     with pytest.raises(ReplyError):
         load_network(STUDY, {"other": np.zeros(3, np.float32)})
