@@ -1,16 +1,24 @@
-"""Canaries in the shipped training step: records whose whole gradient is one coordinate of their own.
+"""Canaries in the shipped training step: records whose gradient lies in a direction of their own, known to an attacker.
 
 SPDX-License-Identifier: Apache-2.0
 
 The strongest attacker of Steinke et al. 2023 (white box): it has put m canaries into the gradient, each in a direction
 of its own, and sees the noisy sum of every step. Everything else is the shipped path: gate, ledger, Poisson sampling,
-units, clipping, the loss coordinate, noise.
+units, clipping, the loss coordinate, noise. Two networks carry the canaries:
+
+    table   one number a canary: a canary's whole gradient is one coordinate. Nothing is left for an attacker to gain.
+    swin    the shipped network, loss and per-record gradients, with weights as a malicious coordinator would send them;
+            a canary is an image of a class of its own, so that a row of the label table is its alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,71 +30,129 @@ from client.privacy.gate import Gate
 from client.privacy.ledger import Ledger
 from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
-from common.accounting import epsilon_of, plan_study
-from common.auditing import epsilon_lower_bound
+from client.site import Performance
+from common.accounting import LOSS_SHARE, epsilon_of
+from common.auditing import epsilon_lower_bound, p_value
 from common.images import ImageSet, Units
 from common.messages import Agreement
-from support.studies import tiny_study
+from common.model.swin_unet import SwinUNet
+from common.study import Study
+from support.studies import agreement, tiny_study
 
 UNCLIPPED = 1000.0  # gradient norm of a canary before clipping
+# Largest share of the clipping norm that a canary brings in its own direction: the loss coordinate takes a part, and in
+# the Swin U-Net the bias of the last time layer has the same gradient as the row of the label table.
+REACH = {"table": math.sqrt(1 - LOSS_SHARE**2), "swin": math.sqrt((1 - LOSS_SHARE**2) / 2)}
 
 
 @dataclass(frozen=True)
-class Attack:
-    """How the attacker plays: r guesses "in" for the largest scores, and r' guesses "out" for the smallest."""
+class Case:
+    """What is claimed, what is run, and how the attacker plays.
 
+    Attributes:
+        guess_in, guess_out: fixed beforehand: "in" for the largest scores, "out" for the smallest, else no guess.
+    """
+
+    epsilon: float
+    delta: float
+    sample_rate: float
+    steps: int
     canaries: int
     guess_in: int
     guess_out: int
+    network: Literal["table", "swin"] = "table"
+
+    @property
+    def agreed(self) -> Agreement:
+        """A study whose epsilon goes to the training steps, but for a twentieth that the counts need."""
+        return agreement(tiny_study(
+            data={"image_size": 8, "channels": 1, "classes": ["clear", "opacity"]},
+            network={"patch_size": 2, "width": 8, "depths": [1, 1], "heads": [2, 2], "window": 4},
+            diffusion={"timesteps": 100, "noise_multiplicity": 1, "label_dropout": 0.0},
+            training={"rounds": 1, "local_steps": self.steps, "sample_rate": self.sample_rate},
+            privacy={"epsilon": self.epsilon, "delta": self.delta, "accountant": "prv", "counts_share": 0.05,
+                     "moments_share": 0.0, "reference_share": 0.0},
+        ))  # fmt: skip
+
+    @property
+    def claimed(self) -> float:
+        """Epsilon of the training steps alone."""
+        return epsilon_of([self.agreed.plan.train.whole_loss], delta=self.delta, accountant="prv")
+
+    @property
+    def guesses(self) -> int:
+        return self.guess_in + self.guess_out
+
+    def proven(self, correct: int) -> float:
+        """95 % lower bound on epsilon."""
+        return epsilon_lower_bound(
+            correct=correct, guesses=self.guesses, canaries=self.canaries, delta=self.delta, confidence=0.95
+        )
+
+    def correct(self, scores: np.ndarray, inside: np.ndarray) -> int:
+        """Right guesses."""
+        order = np.argsort(scores, kind="stable")
+        return int(inside[order[self.canaries - self.guess_in :]].sum() + (~inside[order[: self.guess_out]]).sum())
 
 
-@dataclass(frozen=True)
-class Audit:
-    claimed: float
-    proven: float
-    accuracy: float
+def attack(folder: Path, case: Case, *, seed: int) -> int:
+    """Run the planned steps over the canaries that the coin put in, and guess: how many guesses are right."""
+    inside = np.random.default_rng(seed).random(case.canaries) < 0.5
+    return case.correct(_scores(folder, case, np.flatnonzero(inside), seed), inside)
 
 
-def audit(
-    folder: Path, attack: Attack, *, epsilon: float, delta: float, sample_rate: float, steps: int, seed: int
-) -> Audit:
-    """Run the planned steps over the canaries that the coin put in, guess, and bound epsilon from below."""
-    study = tiny_study(
-        training={"rounds": 1, "local_steps": steps, "sample_rate": sample_rate},
-        privacy={"epsilon": epsilon, "delta": delta, "counts_share": 0.05, "reference_share": 0.0, "accountant": "prv"},
-    )  # fmt: skip
-    agreed = Agreement(study, plan_study(study))
-    plan = agreed.plan.train
-    inside = np.random.default_rng(seed).random(attack.canaries) < 0.5
-    scores = _scores(folder, agreed, np.flatnonzero(inside), attack.canaries, seed)
-    order = np.argsort(scores)
-    correct = int(inside[order[attack.canaries - attack.guess_in :]].sum() + (~inside[order[: attack.guess_out]]).sum())
-    guesses = attack.guess_in + attack.guess_out
-    return Audit(
-        claimed=epsilon_of([plan.whole_loss], delta=delta, accountant="prv"),
-        proven=epsilon_lower_bound(correct=correct, guesses=guesses, canaries=attack.canaries, delta=delta),
-        accuracy=correct / guesses,
-    )
+def simulated(case: Case, *, noise: float = 1.0, runs: int, seed: int) -> np.ndarray:
+    """Right guesses of `runs` attacks by the law that the scores should have, with `noise` times the planned noise."""
+    rng, plan = np.random.default_rng(seed), case.agreed.plan.train
+    spread, found = noise * plan.noise_multiplier * math.sqrt(plan.steps), []
+    for _ in range(runs):
+        inside = rng.random(case.canaries) < 0.5
+        times = rng.binomial(plan.steps, plan.sample_rate, case.canaries) if plan.sample_rate < 1 else plan.steps
+        scores = REACH[case.network] * times * inside + spread * rng.standard_normal(case.canaries)
+        found.append(case.correct(scores, inside))
+    return np.array(found)
 
 
-def _scores(folder: Path, agreed: Agreement, inside: np.ndarray, canaries: int, seed: int) -> np.ndarray:
-    """What was released in each canary's direction, summed over the steps."""
-    ledger = Ledger(folder / "ledger.sqlite")
+@lru_cache(maxsize=32)
+def needed(case: Case) -> int:
+    """Fewest right guesses that prove more than is claimed; more than there are guesses when none do."""
+
+    def proves(correct: int) -> bool:
+        return (
+            p_value(
+                correct=correct, guesses=case.guesses, canaries=case.canaries, epsilon=case.claimed, delta=case.delta
+            )
+            < 0.05
+        )
+
+    low, high = 0, case.guesses + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if proves(middle) else (middle, high)
+    return high
+
+
+def _scores(folder: Path, case: Case, inside: np.ndarray, seed: int) -> np.ndarray:
+    """What was released in each canary's direction, summed over the steps, in units of the clipping norm."""
+    agreed = case.agreed
+    plan, ledger = agreed.plan.train, Ledger(folder / "ledger.sqlite")
     gate = Gate(
         agreement=agreed, request="audit", policy=SitePolicy(require_approval=False), ledger=ledger,
         source=NoiseSource(seed), cohort=Cohort(len(inside), len(inside)), replies=folder,
     )  # fmt: skip
-    total = np.zeros(canaries)
-    with gate.spend(agreed.plan.train) as permit:
-        step = _CanaryStep(agreed, permit, inside, canaries)
-        for _ in range(agreed.plan.train.steps):
-            total += step.noisy_sum()["weight"][:, 0].numpy()
+    total = np.zeros(case.canaries)
+    with gate.spend(plan) as permit:
+        make, name = (_TableStep, "weight") if case.network == "table" else (_swin_step, "label.weight")
+        step = make(agreed, permit, inside, case.canaries)
+        for _ in range(plan.steps):
+            rows = step.noisy_sum()[name][: case.canaries]
+            total += (rows.sum(dim=1) / math.sqrt(rows.shape[1])).numpy()  # along the unit vector (1, ..., 1)
         permit.done()
     ledger.close()
-    return total
+    return total / plan.sensitivity
 
 
-class _CanaryStep(train_module._Step):
+class _TableStep(train_module._Step):
     """The shipped step, over other records: record i has the gradient UNCLIPPED × e_i, whatever the weights."""
 
     def __init__(self, agreed: Agreement, permit: gate_module.Permit, inside: np.ndarray, canaries: int) -> None:
@@ -99,3 +165,35 @@ class _CanaryStep(train_module._Step):
 
     def _per_record(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return UNCLIPPED * self._net(y).flatten(1).sum(dim=1)
+
+
+def _swin_step(agreed: Agreement, permit: gate_module.Permit, inside: np.ndarray, canaries: int) -> train_module._Step:
+    """The shipped step as a site makes it, over images of noise; only the limit on the number of classes is lifted."""
+    data = agreed.study.data.model_copy(update={"classes": tuple(map(str, range(canaries)))})
+    study = agreed.study.model_copy(update={"data": data})
+    images = np.random.default_rng(0).integers(0, 256, (len(inside), 1, data.image_size, data.image_size), np.uint8)
+    site = SimpleNamespace(
+        train=Units.of(ImageSet(images, inside.astype(np.int64)), "image"),
+        config=SimpleNamespace(performance=Performance()),
+    )
+    rate = agreed.plan.train.sample_rate
+    step = train_module._Step(site, study, malicious_net(study), permit, rate * canaries / 2)  # pyright: ignore
+    step._generator.manual_seed(0)  # the draws of the loss do not move the scores; seeded all the same
+    return step
+
+
+def malicious_net(study: Study) -> SwinUNet:
+    """Weights under which nearly the whole gradient of an image is in the row of its class, along (1, ..., 1).
+
+    The output is far too large, everywhere alike, so that noise and image no longer matter. On the way back the last
+    condition layer amplifies; its own gradient vanishes because the condition is 0, and so does that of the time layer.
+    """
+    torch.manual_seed(0)
+    net = SwinUNet(study.network, study.data)
+    with torch.no_grad():
+        for parameter in (*net.time_in.parameters(), *net.time_out.parameters(), net.label.weight):
+            parameter.zero_()
+        net.head.weight.fill_(1.0)
+        net.head.bias.fill_(UNCLIPPED)
+        net.last_condition.weight[: study.network.width] = UNCLIPPED  # the rows of the shift
+    return net
