@@ -46,9 +46,10 @@ class ClippedSum:
 
 @dataclass
 class _Captured:
-    """Input and output gradient of one layer in one pass."""
+    """Input and output gradient of one layer in one pass, and which of its parameters are trained."""
 
     inputs: Tensor
+    trained: frozenset[str]
     output_gradient: Tensor | None = None
 
 
@@ -75,12 +76,12 @@ def check_supported(net: nn.Module) -> None:
 
 @contextmanager
 def _recording(net: nn.Module, records: int) -> Iterator[_Tape]:
-    """Record each layer's input and output gradient; parameters themselves take no part in autograd meanwhile."""
+    """Record input and output gradient of each layer that is trained; parameters take no part in autograd meanwhile."""
     check_supported(net)
     tape, handles = _Tape(), []
     wanted = {name: p.requires_grad for name, p in net.named_parameters()}
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook_for(name: str, trained: frozenset[str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name in tape.layers:
                 raise RuntimeError(f"'{name}' runs twice in one pass: its gradient would not split by record")
@@ -88,15 +89,16 @@ def _recording(net: nn.Module, records: int) -> Iterator[_Tape]:
                 raise RuntimeError(f"'{name}' does not keep the record in dim 0 ({tuple(output.shape)})")
             if not output.requires_grad:
                 output.requires_grad_()
-            captured = tape.layers[name] = _Captured(inputs[0].detach())
+            captured = tape.layers[name] = _Captured(inputs[0].detach(), trained)
             output.register_hook(lambda gradient: setattr(captured, "output_gradient", gradient.detach()))
 
         return hook
 
     try:
         for name, module in net.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                handles.append(module.register_forward_hook(hook_for(name)))
+            trained = frozenset(own for own, p in module.named_parameters(recurse=False) if p.requires_grad)
+            if trained:
+                handles.append(module.register_forward_hook(hook_for(name, trained)))
         net.requires_grad_(False)
         yield tape
     finally:
@@ -110,7 +112,7 @@ def clipped_gradient_sum(
     net: nn.Module, per_record_loss: LossFunction, x: Tensor, y: Tensor, *, max_grad_norm: float, physical_batch: int,
     records: int | None = None,
 ) -> ClippedSum:  # fmt: skip
-    """Sum over records of the clipped gradient of each record's loss.
+    """Sum over records of the clipped gradient of each record's loss, in the parameters that require a gradient.
 
     Removing one record changes the sum by at most `max_grad_norm` in L2, over all parameters together.
 
@@ -128,8 +130,7 @@ def clipped_gradient_sum(
         RuntimeError: a module runs twice, or does not keep the record in dim 0.
     """
     check_supported(net)
-    parameters = dict(net.named_parameters())
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if p.requires_grad}
     losses, norms, left_out = [], [], 0
     for start in range(0, len(y), physical_batch):
         part = slice(start, start + physical_batch)
@@ -170,12 +171,15 @@ def _square_norms(module: nn.Module, captured: _Captured) -> Tensor:
         return ((g @ g.transpose(1, 2)) * same).sum(dim=(1, 2))
     assert isinstance(module, nn.Linear)
     a, g = _tokens(captured.inputs), _tokens(g)  # (B, T, i), (B, T, o)
+    bias = g.sum(dim=1).square().sum(dim=1) if "bias" in captured.trained else torch.zeros(len(g), dtype=g.dtype)
+    if "weight" not in captured.trained:
+        return bias
     tokens, i, o = a.shape[1], a.shape[2], g.shape[2]
     if tokens * (i + o) < i * o:  # the cheaper of two ways to the same number
         squares = ((a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum(dim=(1, 2)).clamp(min=0.0)
     else:
         squares = (g.transpose(1, 2) @ a).square().sum(dim=(1, 2))
-    return squares if module.bias is None else squares + g.sum(dim=1).square().sum(dim=1)
+    return squares + bias
 
 
 def _weighted_sum(module: nn.Module, captured: _Captured, factors: Tensor, good: Tensor) -> dict[str, Tensor]:
@@ -191,12 +195,14 @@ def _weighted_sum(module: nn.Module, captured: _Captured, factors: Tensor, good:
         total = torch.zeros_like(module.weight)
         return {"weight": total.index_add_(0, captured.inputs.flatten(), g.flatten(0, 1))}
     assert isinstance(module, nn.Linear)
+    flat = g.reshape(-1, g.shape[-1])  # (B·T, o)
+    out = {"bias": flat.sum(dim=0)} if "bias" in captured.trained else {}
+    if "weight" not in captured.trained:
+        return out
     a = captured.inputs
     if not bool(good.all()):
         a = torch.where(good.view(-1, *[1] * (a.dim() - 1)), a, 0.0)
-    flat = g.reshape(-1, g.shape[-1])  # (B·T, o)
-    out = {"weight": flat.T @ a.reshape(-1, a.shape[-1])}
-    return out if module.bias is None else {**out, "bias": flat.sum(dim=0)}
+    return {**out, "weight": flat.T @ a.reshape(-1, a.shape[-1])}
 
 
 def _bias_gradients(module: RelativePositionBias, g: Tensor) -> Tensor:

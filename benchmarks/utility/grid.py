@@ -1,0 +1,130 @@
+"""Which runs the utility benchmark is made of, and what each gives to `synthward run`.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import StudyError
+from common.study import Study, load_study
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NEARLY_NO_NOISE = 1000.0  # the largest epsilon that a study may ask for; it is a finite one and is called by its value
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One set of real images.
+
+    Attributes:
+        study: file name under configs/.
+        shareable: its licence lets others have the images.
+    """
+
+    name: str
+    study: str
+    shareable: bool
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.npz"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to spend the budget: what it is, and how it differs from the study file."""
+
+    name: str
+    says: str
+    overrides: tuple[str, ...] = ()
+
+
+DATASETS = {
+    entry.name: entry
+    for entry in (
+        Dataset("pneumoniamnist", "pneumonia.toml", shareable=True),
+        Dataset("fundus4", "fundus.toml", shareable=False),
+        Dataset("colonpath4", "histology.toml", shareable=False),
+    )
+}
+RECIPES = {
+    entry.name: entry
+    for entry in (
+        Recipe("default", "the study file as it is: private class moments, a warm start on them, DP-SGD rounds"),
+        Recipe("moments", "no round of training: all goes to the class moments", ("training.rounds=0",)),
+        Recipe("dp-sgd", "no moments, no warm start: all goes to the rounds", ("privacy.moments_share=0",)),
+        # A study file has no such section yet, so that these rows are skipped, with the reason, until it has one.
+        Recipe("pretrained", "weights learnt on public images before the default recipe", ("pretrain.enabled=true",)),
+    )
+}
+# Small enough for two cores and ten minutes; what comes out shows that the path holds, and nothing about quality.
+QUICK = (
+    "warm_start.steps=40", "training.rounds=1", "training.local_steps=4", "generation.images=240",
+    "generation.steps=6", "validation.steps=60", "validation.reference_steps=20",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: a set, an epsilon, a recipe and a seed (of weights, of sampling, and of the deal to the sites)."""
+
+    dataset: str
+    epsilon: float
+    recipe: str
+    seed: int
+    quick: bool = False
+
+    @property
+    def identity(self) -> str:
+        """The run's name: unique in its grid, and fit for a folder."""
+        return f"{self.dataset}-eps{self.epsilon:g}-{self.recipe}-seed{self.seed}"
+
+    @property
+    def study_file(self) -> Path:
+        return REPOSITORY / "configs" / DATASETS[self.dataset].study
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`section.key=value` each; a later one wins, so the recipe's come last."""
+        own = (f"privacy.epsilon={self.epsilon:g}", f"study.seed={self.seed}")
+        return (*(QUICK if self.quick else ()), *own, *RECIPES[self.recipe].overrides)
+
+    def study(self) -> Study:
+        """The study of this run.
+
+        Raises:
+            StudyError: this version of the software cannot run it; the error says why.
+        """
+        return load_study(self.study_file, self.overrides)
+
+    def not_available(self) -> str:
+        """Why this version cannot run it, or nothing."""
+        try:
+            self.study()
+        except StudyError as error:
+            return f"not available yet: {error}"
+        return ""
+
+
+def epsilon_label(epsilon: float) -> str:
+    """Epsilon as it is written everywhere."""
+    return f"{epsilon:g} (nearly no noise)" if epsilon == NEARLY_NO_NOISE else f"{epsilon:g}"
+
+
+def full_grid() -> list[Row]:
+    """Every run, the most valuable first, so that a grid which is stopped early still says something."""
+    rows = [Row(name, 8.0, "default", seed) for seed in (1, 2, 3) for name in DATASETS]
+    rows += [Row(name, 8.0, recipe, 1) for recipe in RECIPES if recipe != "default" for name in DATASETS]
+    rows += [
+        Row(name, epsilon, recipe, 1) for epsilon in (1.0, NEARLY_NO_NOISE, 3.0) for recipe in RECIPES
+        for name in DATASETS
+    ]  # fmt: skip
+    return rows
+
+
+def quick_grid() -> list[Row]:
+    """Two small runs."""
+    return [Row("pneumoniamnist", 8.0, recipe, 1, quick=True) for recipe in ("default", "moments")]

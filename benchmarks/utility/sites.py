@@ -1,0 +1,78 @@
+"""The real images of the simulated sites, dealt exactly as the run dealt them; and the split that no run reads.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from client.data.npz import NpzConfig, read_npz
+from client.data.splits import Splits
+from common.errors import DataError
+from common.images import ImageSet
+from common.study import DataConfig, Study
+
+_SPOILT = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def site_config(study: Study, data: Path, index: int) -> NpzConfig:
+    """What `synthward run` writes into the file of site `index` (from 0); a unit test holds the two together."""
+    return NpzConfig(
+        source="npz", path=data.resolve(), shard_index=index, shard_count=study.simulation.sites,
+        label_skew=study.simulation.label_skew, seed=study.study.seed,
+    )  # fmt: skip
+
+
+def site_splits(study: Study, data: Path) -> list[Splits]:
+    """Training and held-out images of every simulated site.
+
+    Raises:
+        DataError: as `read_npz` does.
+    """
+    return [read_npz(site_config(study, data, index), study.data) for index in range(study.simulation.sites)]
+
+
+def whole(data: Path, schema: DataConfig) -> Splits:
+    """All training and all held-out images of the file."""
+    return read_npz(NpzConfig(source="npz", path=data), schema)
+
+
+def validation_split(data: Path, schema: DataConfig) -> ImageSet:
+    """The file's val partition: what settings are chosen on, since the test partition is for the report alone.
+
+    Raises:
+        DataError: it is missing or does not fit the study.
+    """
+    return _read(data, "val", schema)
+
+
+def synthetic_set(file: Path, schema: DataConfig) -> ImageSet:
+    """The released images of a run.
+
+    Raises:
+        DataError: missing, damaged, or of another study.
+    """
+    return _read(file, "train", schema)
+
+
+def _read(file: Path, part: str, schema: DataConfig) -> ImageSet:
+    where = f"{file}: {part}_images"
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            images, labels = archive[f"{part}_images"], archive[f"{part}_labels"]
+    except _SPOILT as error:
+        raise DataError(f"cannot be read ({error})", where=where, remedy="Is the file whole?") from error
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels.reshape(len(labels), -1)
+    side, classes = schema.image_size, len(schema.classes)
+    fits = images.dtype == np.uint8 and images.shape[1:] == (side, side, schema.channels)
+    if not fits or labels.shape != (len(images), 1) or not len(images) or labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"{images.dtype} images {images.shape} with labels {labels.shape} do not fit the study", where=where,
+            remedy=f"uint8 images of {side}×{side} px with {schema.channels} channel(s) and {classes} classes needed.",
+        )  # fmt: skip
+    return ImageSet(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels[:, 0].astype(np.int64))
