@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint fmt report clean
+.PHONY: help install demo test test-all lint fmt report bench-utility clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -50,6 +50,11 @@ lint: install    ## ruff, types, import contracts
 fmt: install     ## format, and mend what ruff can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+# QUICK=1: two small runs in under ten minutes, kept out of the committed results; ARGS="--only pneumoniamnist-eps8".
+DATA ?= ../shared/data
+bench-utility: install  ## utility over epsilon on real images, to benchmarks/utility; QUICK=1, DATA=folder of npz files
+	@$(BIN)/python -m benchmarks.utility.run --data "$(DATA)" $(if $(QUICK),--quick --out runs/bench-utility-quick) $(ARGS)
 
 report:          ## where the newest run's report is
 	@ls -t runs/*/report.html 2>/dev/null | head -n 1 | grep . || { echo "no report under runs/: make demo makes one" >&2; exit 1; }

@@ -30,7 +30,7 @@ PARTITIONS: tuple[Partition, ...] = ("train", "holdout")
 LARGEST_NOISE = 500.0  # beyond this no result is worth having, and the accountant's own error dominates
 LEAST_NOISE = 0.4  # below it no epsilon of interest lies, and the accountants are slow
 EVALUATIONS = 2  # one is spare, so that a site that is killed in the middle of the only one can still answer
-MOMENTS_SENSITIVITY = math.sqrt(2.0)  # a unit adds a vector and its square, each of norm at most 1 (common/moments.py)
+MOMENTS_STEPS = 2  # class sums, then squares about the means they give; a unit moves each by at most 1
 LOSS_SHARE = 0.2  # of the clipping norm, for the private loss curve; costs 2 % of the gradient's norm
 
 
@@ -78,11 +78,11 @@ class PrivacyLoss:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All mechanisms of a study, by stage; `moments` and `reference` are None when the study asks for none."""
+    """All mechanisms of a study, by stage; `moments`, `train` and `reference` are None when the study asks for none."""
 
     counts: MechanismPlan
     moments: MechanismPlan | None
-    train: MechanismPlan
+    train: MechanismPlan | None
     reference: MechanismPlan | None
     evaluate: MechanismPlan
 
@@ -147,7 +147,7 @@ def plan_study(study: Study) -> StudyPlan:
     """Solve for the noise of every stage so that the whole study stays at or below the target epsilon.
 
     Counts, moments and reference get the noise at which each *alone* would cost its share of epsilon; training gets
-    what the joint composition leaves. Noise is only ever rounded up.
+    what the joint composition leaves, or the moments do in a study without a round. Noise is only ever rounded up.
 
     Raises:
         BudgetError: no noise up to `LARGEST_NOISE` reaches the target; says what would be possible.
@@ -156,12 +156,6 @@ def plan_study(study: Study) -> StudyPlan:
     counts = _calibrate(
         MechanismPlan("counts", "train", 1.0, 1.0, 1, 1, 1.0), (), privacy.epsilon * privacy.counts_share, study
     )
-    moments = None
-    if privacy.moments_share > 0:
-        moments = _calibrate(
-            MechanismPlan("moments", "train", 1.0, 1.0, 1, 1, MOMENTS_SENSITIVITY), (),
-            privacy.epsilon * privacy.moments_share, study,
-        )  # fmt: skip
     reference = None
     if privacy.reference_share > 0:
         reference = _calibrate(
@@ -169,12 +163,21 @@ def plan_study(study: Study) -> StudyPlan:
                           training.max_grad_norm),  # fmt: skip
             (), privacy.epsilon * privacy.reference_share, study,
         )  # fmt: skip
-    spent = [plan.whole_loss for plan in (counts, moments, reference) if plan is not None]
-    train = _calibrate(
-        MechanismPlan("train", "train", 1.0, training.sample_rate, training.local_steps, training.rounds,
-                      training.max_grad_norm),  # fmt: skip
-        tuple(spent), privacy.epsilon, study,
-    )  # fmt: skip
+    spent = [plan.whole_loss for plan in (counts, reference) if plan is not None]
+    moments, train = None, None
+    if privacy.moments_share > 0:
+        share, beside = (privacy.moments_share, []) if training.rounds else (1.0, spent)
+        moments = _calibrate(
+            MechanismPlan("moments", "train", 1.0, 1.0, MOMENTS_STEPS, 1, 1.0), tuple(beside), privacy.epsilon * share,
+            study,
+        )  # fmt: skip
+        spent.append(moments.whole_loss)
+    if training.rounds:
+        train = _calibrate(
+            MechanismPlan("train", "train", 1.0, training.sample_rate, training.local_steps, training.rounds,
+                          training.max_grad_norm),  # fmt: skip
+            tuple(spent), privacy.epsilon, study,
+        )  # fmt: skip
     classifiers = 1 if reference is None else 2
     evaluate = _calibrate(
         MechanismPlan("evaluate", "holdout", 1.0, 1.0, 1, EVALUATIONS,
@@ -238,11 +241,13 @@ def check_plan(study: Study, plan: StudyPlan) -> None:
     training, validation = study.training, study.validation
     expected = [
         ("counts", "train", 1.0, 1, 1, 1.0),
-        ("train", "train", training.sample_rate, training.local_steps, training.rounds, training.max_grad_norm),
         ("evaluate", "holdout", 1.0, 1, EVALUATIONS, math.sqrt(classifiers) * l2_sensitivity(len(study.data.classes))),
     ]
+    if training.rounds:
+        expected.insert(1, ("train", "train", training.sample_rate, training.local_steps, training.rounds,
+                            training.max_grad_norm))  # fmt: skip
     if study.privacy.moments_share > 0:
-        expected.insert(1, ("moments", "train", 1.0, 1, 1, MOMENTS_SENSITIVITY))
+        expected.insert(1, ("moments", "train", 1.0, MOMENTS_STEPS, 1, 1.0))
     if study.privacy.reference_share > 0:
         expected.insert(-1, ("reference", "train", validation.reference_sample_rate, validation.reference_steps, 1,
                             training.max_grad_norm))  # fmt: skip

@@ -17,7 +17,7 @@ from common.errors import BudgetError
 
 _MEANING = {
     "counts": "class counts of the training records, once a study",
-    "moments": "sums, by class, of the training images' coarse outlines, and of their squares, once a study",
+    "moments": "sums of the training images' coarse outlines, by class, then of the squares of the rest, once a study",
     "train": "clipped gradients (and clipped losses, for the loss curve), each training step",
     "reference": "clipped gradients of the reference classifier, each of its steps",
     "evaluate": "score histograms and confusion counts on held-out records (one request; a second is kept in reserve)",
@@ -119,7 +119,7 @@ COMPOSITION = (
     ),
 )  # fmt: skip
 POST_PROCESSING = (
-    "the start weights, where they are trained on what the noisy moments describe",
+    "the Gaussian that the model starts from, made of the noisy moments",
     "averaging the sites' updates, and the moving average of the weights",
     "sampling the synthetic images",
     "training the classifier on the synthetic images",

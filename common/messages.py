@@ -45,10 +45,16 @@ class EnrolRequest:
 
 @dataclass(frozen=True)
 class MomentsRequest:
-    """Asks for the private class moments of the train partition (`common/moments.py`)."""
+    """Asks for the private class moments of the train partition (`common/moments.py`).
+
+    Attributes:
+        counts: the site's own noisy class counts, as it gave them; with them its sums become the means that the squares
+            are taken about.
+    """
 
     stage: ClassVar[str] = "moments"
     agreement: Agreement
+    counts: tuple[float, ...]
     arrays: Arrays = field(default_factory=dict)
 
 
@@ -59,7 +65,7 @@ class TrainRequest:
     Attributes:
         round: 1-based.
         expected_batch: public estimate of the records a step (sample_rate × the site's own noisy count).
-        arrays: float32 weights by parameter name.
+        arrays: float32 weights of the whole model by name, its prior included.
     """
 
     stage: ClassVar[str] = "train"
@@ -103,7 +109,7 @@ class EnrolReply:
 
 @dataclass(frozen=True)
 class MomentsReply:
-    """Noisy sums, float64: arrays["means"] (classes, d) and arrays["squares"] (d (d + 1) / 2,)."""
+    """Noisy sums, float64: arrays["means"] (classes, d), ["squares"] (d (d + 1) / 2,) and ["energies"] (bands,)."""
 
     stage: ClassVar[str] = "moments"
     site: str
@@ -113,7 +119,10 @@ class MomentsReply:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """Change of the weights (float32, by parameter name) and the noisy mean loss a draw."""
+    """Of each trained parameter, float32: the change of the weights, or in a summed step the noisy gradient sum.
+
+    Beside it the noisy mean loss a draw.
+    """
 
     stage: ClassVar[str] = "train"
     site: str

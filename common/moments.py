@@ -1,111 +1,185 @@
-"""Class moments in a low-frequency basis: a cheap private sketch of the images, and samples from it.
+"""Class moments: what a site sums about its images, in public coordinates, and how far one unit can move the sums.
 
 SPDX-License-Identifier: Apache-2.0
 
-N images, U units, K classes, k components a side, d = channels × k² features.
+N images, U units, K classes, C channels, S pixels a side, d low and h high coordinates.
+
+An image is turned into DCT coefficients of its (opponent) colours, each multiplied by a public weight that grows with
+frequency as natural images fade with it (Field 1987), so that a clipping norm and noise fall on all frequencies alike.
+The lowest frequencies are the *low* coordinates, with means and covariances; of all others only energies are kept.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.images import ImageSet, Units
+from common.images import Units
 
 Floats = NDArray[np.float64]
-REACH = 0.5  # norm at which a feature vector is clipped, as a share of the largest that an image can have; public
+MEAN_REACH, SPREAD_REACH = 2.5, 2.0  # clipping norms, in units of a typical image's norm (1 by the public spectrum)
+_AMPLITUDE, _FADING = 0.2, 1.5  # public spectrum: std of coefficient (i, j) as a share of white, 0.2 (1 + i + j)^-1.5
+_CHROMA = 0.5  # of that, for the colour differences
+_WEIGHTING = 1.0  # weight (1 + i + j)^1: below the fading, so that low frequencies still count for more
+_HIGH_NORM = 0.5  # typical norm of an image's high coordinates
+_BANDS_PER_OCTAVE = 3
+_OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
 
 
-def basis(size: int, components: int) -> Floats:
-    """Orthonormal DCT-II rows (k, size), lowest frequencies first."""
-    k, n = np.arange(components)[:, None], np.arange(size)[None, :]
-    rows = np.cos(np.pi * (n + 0.5) * k / size) * math.sqrt(2.0 / size)
+def dct_basis(size: int) -> Floats:
+    """Orthonormal DCT-II rows (size, size), lowest frequency first."""
+    k, n = np.arange(size)[:, None], np.arange(size)[None, :]
+    rows: Floats = np.cos(np.pi * (n + 0.5) * k / size) * math.sqrt(2.0 / size)
     rows[0] /= math.sqrt(2.0)
     return rows
 
 
-def features(images: NDArray[np.uint8], components: int) -> Floats:
-    """Images (N, C, H, W) as vectors (N, d) of norm at most 1."""
-    count, channels, size, _ = images.shape
-    rows = basis(size, components)
-    pixels = images.astype(np.float64) / 127.5 - 1.0
-    flat = (rows @ pixels @ rows.T).reshape(count, channels * components**2) / (REACH * math.sqrt(channels) * size)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.maximum(norms, 1.0)
+@dataclass(frozen=True)
+class Coordinates:
+    """The public coordinates of a study's images.
+
+    Args:
+        size: S.
+        channels: C, 1 or 3.
+        components: lowest frequencies a side among the low coordinates; colour differences have half as many.
+    """
+
+    size: int
+    channels: int
+    components: int
+
+    @cached_property
+    def colours(self) -> NDArray[Any]:
+        """Orthonormal (C, C): brightness first, then colour differences."""
+        return _OPPONENT if self.channels == 3 else np.ones((1, 1))
+
+    @cached_property
+    def low(self) -> NDArray[np.bool_]:
+        """(C, S, S): which coefficients are low coordinates."""
+        i = np.arange(self.size)
+        sides = [self.components, *[max(1, self.components // 2)] * (self.channels - 1)]
+        return np.stack([(i[:, None] < side) & (i[None, :] < side) for side in sides])
+
+    @cached_property
+    def _radius(self) -> Floats:
+        i = np.arange(self.size)
+        return np.broadcast_to(1.0 + i[:, None] + i[None, :], self.low.shape).astype(np.float64)
+
+    @cached_property
+    def _white(self) -> float:
+        return self.size * math.sqrt(self.channels)  # norm of an all-white image
+
+    @cached_property
+    def spectrum(self) -> Floats:
+        """(C, S, S): the public guess of each coefficient's standard deviation, in pixels of [-1, 1]."""
+        amplitude = np.array([1.0, *[_CHROMA] * (self.channels - 1)])[:, None, None]
+        return _AMPLITUDE * amplitude * self._radius**-_FADING * self._white
+
+    @cached_property
+    def weights(self) -> Floats:
+        """(C, S, S): coordinate = weight × coefficient; by the public spectrum, low coordinates have norm 1."""
+        weights = self._radius**_WEIGHTING / self._white
+        typical = np.square(weights * self.spectrum)
+        norm_low, norm_high = np.sqrt(typical[self.low].sum()), np.sqrt(typical[~self.low].sum())
+        return weights * np.where(self.low, 1.0 / norm_low, _HIGH_NORM / max(norm_high, 1e-12))
+
+    @cached_property
+    def bands(self) -> NDArray[np.int64]:
+        """(h,): the band, from 0, of each high coordinate: by colour, and by octaves of frequency."""
+        octave = (np.log2(self._radius) * _BANDS_PER_OCTAVE).astype(np.int64)
+        colour = np.arange(self.channels)[:, None, None] * 1000
+        return np.unique((octave + colour)[~self.low], return_inverse=True)[1].astype(np.int64)
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return int(self.low.sum())
+
+    @property
+    def packed(self) -> int:
+        """Numbers in a packed symmetric matrix of the low coordinates."""
+        return self.dimension * (self.dimension + 1) // 2
+
+    @property
+    def band_count(self) -> int:
+        return int(self.bands.max()) + 1 if len(self.bands) else 0
+
+    def of(self, images: NDArray[np.uint8]) -> tuple[Floats, Floats]:
+        """Images (N, C, S, S) -> low (N, d) and high (N, h) coordinates."""
+        rows = dct_basis(self.size)
+        pixels = images.astype(np.float64) / 127.5 - 1.0
+        weighted = np.einsum("ec,ncij->neij", self.colours, rows @ pixels @ rows.T) * self.weights
+        return weighted[:, self.low], weighted[:, ~self.low]
 
 
-def class_sums(units: Units, classes: int, components: int) -> dict[str, Floats]:
-    """Sums over units; a unit adds a vector of norm at most 1 and its square, of norm at most 1: sqrt(2) together.
+@lru_cache(maxsize=16)
+def coordinates(size: int, channels: int, components: int) -> Coordinates:
+    """The same object for the same study, since its arrays are made once."""
+    return Coordinates(size, channels, components)
+
+
+def _clip(vectors: Floats) -> Floats:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
+
+
+def class_sums(units: Units, classes: int, space: Coordinates) -> Floats:
+    """Sums (K, d) over units of clipped low coordinates; a unit moves them by at most 1 in L2.
 
     A unit of several images adds their mean, so that it moves the sums no more than one image would.
+    """
+    low, _ = space.of(units.images.images)
+    sums = np.zeros((classes, space.dimension))
+    np.add.at(sums, units.images.labels, _clip(low / MEAN_REACH) * units.weights()[:, None])
+    return sums
+
+
+def class_means(sums: Floats, counts: Floats, *, noise_std: float) -> Floats:
+    """Class means (K, d) from noisy sums and noisy counts (K,), at least 1 each; post-processing.
+
+    Each is drawn towards the mean of all by the share of noise in it (James and Stein 1961): a rare class is mostly
+    noise.
+    """
+    counts = np.maximum(counts, 1.0)
+    overall = sums.sum(axis=0) / counts.sum()
+    apart = sums / counts[:, None] - overall
+    noise = sums.shape[1] * (noise_std / counts) ** 2
+    keep = np.maximum(0.0, 1.0 - noise / np.maximum(np.square(apart).sum(axis=1), 1e-12))
+    return (overall + keep[:, None] * apart) * MEAN_REACH
+
+
+def spread_sums(units: Units, centres: Floats, space: Coordinates) -> dict[str, Floats]:
+    """Sums over units of squares about given centres; a unit moves all of them together by at most 1 in L2.
+
+    Args:
+        centres: (K, d), public or already private.
 
     Returns:
-        "means" (K, d): by class; "squares" (d (d + 1) / 2,): of all classes together, off-diagonal entries times
-        sqrt(2), so that the norm is that of the whole matrix.
+        "squares" (d (d + 1) / 2,): products of low coordinates, off-diagonal entries times sqrt(2), so that the norm
+        is that of the whole matrix; "energies" (bands,): squares of high coordinates by band. A clipped vector
+        (u, v) adds u uᵀ and parts of v²: its norm is at most sqrt(|u|⁴ + |v|⁴) ≤ |u|² + |v|² ≤ 1.
     """
-    vectors, weights = features(units.images.images, components), units.weights()
-    means = np.zeros((classes, vectors.shape[1]))
-    np.add.at(means, units.images.labels, vectors * weights[:, None])
-    return {"means": means, "squares": _pack((vectors * weights[:, None]).T @ vectors)}
+    low, high = space.of(units.images.images)
+    clipped = _clip(np.concatenate([low - centres[units.images.labels], high], axis=1) / SPREAD_REACH)
+    low, high = clipped[:, : space.dimension], clipped[:, space.dimension :]
+    weights = units.weights()
+    energies = np.bincount(space.bands, weights @ np.square(high), space.band_count).astype(np.float64)
+    return {"squares": pack((low * weights[:, None]).T @ low), "energies": energies}
 
 
-def _pack(matrix: Floats) -> Floats:
+def pack(matrix: Floats) -> Floats:
+    """Symmetric (d, d) as (d (d + 1) / 2,) of the same norm."""
     upper = np.triu_indices(len(matrix))
     return matrix[upper] * np.where(upper[0] == upper[1], 1.0, math.sqrt(2.0))
 
 
-def _unpack(packed: Floats, d: int) -> Floats:
+def unpack(packed: Floats, d: int) -> Floats:
+    """The inverse of `pack`."""
     upper = np.triu_indices(d)
     matrix = np.zeros((d, d))
     matrix[upper] = packed / np.where(upper[0] == upper[1], 1.0, math.sqrt(2.0))
     return matrix + np.triu(matrix, 1).T
-
-
-@dataclass(frozen=True)
-class Prior:
-    """A Gaussian a class, with a covariance that the classes share.
-
-    Attributes:
-        means: (K, d).
-        scales: (r, d), a square root of the covariance.
-    """
-
-    means: Floats
-    scales: Floats
-    size: int
-    channels: int
-
-    @classmethod
-    def fit(cls, sums: dict[str, Floats], counts: Floats, *, noise_std: float, size: int, channels: int) -> Prior:
-        """From noisy sums over all sites and noisy counts; post-processing.
-
-        Args:
-            counts: (K,), at least 1 each.
-            noise_std: of each number in `sums`. A class mean is drawn towards the mean of all by the share of noise in
-                it (James and Stein 1961); eigenvalues that noise alone would make are dropped, the others shrunk by
-                what it adds to them (Benaych-Georges and Nadakuditi 2011).
-        """
-        total, d = counts.sum(), sums["means"].shape[1]
-        overall = sums["means"].sum(axis=0) / total
-        apart = sums["means"] / counts[:, None] - overall
-        noise = d * (noise_std / counts) ** 2  # a rare class is mostly noise: draw it towards the mean of all
-        keep = np.maximum(0.0, 1.0 - noise / np.maximum(np.square(apart).sum(axis=1), 1e-12))
-        means = overall + keep[:, None] * apart
-        within = _unpack(sums["squares"], d) / total - (means.T * (counts / total)) @ means
-        values, vectors = np.linalg.eigh((within + within.T) / 2)
-        edge = 2.0 * noise_std / total / math.sqrt(2.0) * math.sqrt(d)
-        kept = values > edge
-        clean = (values[kept] + np.sqrt(values[kept] ** 2 - edge**2)) / 2
-        return cls(means, np.sqrt(clean)[:, None] * vectors[:, kept].T, size, channels)
-
-    def sample(self, labels: NDArray[np.int64], rng: np.random.Generator) -> ImageSet:
-        """Images of the given classes."""
-        drawn = self.means[labels] + rng.standard_normal((len(labels), len(self.scales))) @ self.scales
-        k = round(math.sqrt(drawn.shape[1] / self.channels))
-        rows = basis(self.size, k)
-        flat = drawn.reshape(len(labels), self.channels, k, k) * (REACH * math.sqrt(self.channels) * self.size)
-        pixels = rows.T @ flat @ rows
-        return ImageSet(np.clip((pixels + 1.0) * 127.5, 0, 255).round().astype(np.uint8), labels)

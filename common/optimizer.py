@@ -1,4 +1,4 @@
-"""Adam on noisy gradients, with its moments kept at the site between rounds.
+"""Adam on noisy gradients, with its moments kept between rounds.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -15,6 +15,7 @@ import torch
 
 from common.errors import CheckpointError
 from common.files import atomic_write, pack_arrays, unpack_arrays
+from common.messages import Arrays
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
@@ -41,23 +42,33 @@ class Adam:
             scale = (self._second[name] / correct2).sqrt_().add_(EPSILON)
             parameter.addcdiv_(self._first[name], scale, value=-self._rate / correct1)
 
-    def save(self, path: Path) -> None:
-        """Keep the moments for the next round."""
+    def state(self) -> Arrays:
+        """The moments and the number of steps, by name."""
         arrays = {f"first/{n}": t.numpy() for n, t in self._first.items()}
         arrays |= {f"second/{n}": t.numpy() for n, t in self._second.items()}
-        atomic_write(path, pack_arrays(arrays | {"steps": torch.tensor([self._steps]).numpy()}))
+        return arrays | {"steps": torch.tensor([self._steps]).numpy()}
+
+    def load(self, arrays: Arrays) -> None:
+        """Take up a `state`; one of another network is passed over.
+
+        Raises:
+            KeyError: a part is missing.
+        """
+        first = {n: torch.from_numpy(arrays[f"first/{n}"].copy()) for n in self._parameters}
+        second = {n: torch.from_numpy(arrays[f"second/{n}"].copy()) for n in self._parameters}
+        if all(first[n].shape == p.shape == second[n].shape for n, p in self._parameters.items()):
+            self._first, self._second, self._steps = first, second, int(arrays["steps"][0])
+
+    def save(self, path: Path) -> None:
+        """Keep the moments for the next round."""
+        atomic_write(path, pack_arrays(self.state()))
 
     def restore(self, path: Path) -> None:
         """Take up the moments of the last round, where there are whole ones of this network; else begin anew."""
         try:
-            arrays = unpack_arrays(path.read_bytes(), where=str(path))
-            first = {n: torch.from_numpy(arrays[f"first/{n}"].copy()) for n in self._parameters}
-            second = {n: torch.from_numpy(arrays[f"second/{n}"].copy()) for n in self._parameters}
-            steps = int(arrays["steps"][0])
+            self.load(unpack_arrays(path.read_bytes(), where=str(path)))
         except (OSError, CheckpointError, KeyError):
             return
-        if all(first[n].shape == p.shape == second[n].shape for n, p in self._parameters.items()):
-            self._first, self._second, self._steps = first, second, steps
 
 
 def largest_update_norm(*, parameters: int, steps: int, learning_rate: float) -> float:

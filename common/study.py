@@ -60,21 +60,34 @@ class DiffusionConfig(Settings):
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
 
 
-class WarmStartConfig(Settings):
-    """The server's training on samples of the private class moments, before the first round; costs no privacy."""
+class MomentsConfig(Settings):
+    """The private class moments that the diffusion model starts from."""
 
-    components: int = Field(default=8, ge=1, le=64, description="lowest frequencies a side that the moments hold")
-    steps: int = Field(default=300, ge=1)
+    components: int = Field(default=8, ge=1, le=32, description="lowest frequencies a side that have covariances")
+
+
+class PretrainConfig(Settings):
+    """The server's training on drawn images before the first round: public, so it costs no privacy."""
+
+    source: Literal["phantoms", "none"] = "phantoms"
+    images: int = Field(default=4000, ge=64, le=1_000_000)
+    steps: int = Field(default=400, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
 
 
 class TrainingConfig(Settings):
-    rounds: int = Field(ge=1, le=10_000)
-    local_steps: int = Field(ge=1, le=10_000, description="DP-SGD steps a round at each site")
+    rounds: int = Field(ge=0, le=10_000, description="0 = the private moments alone")
+    step: Literal["summed", "local"] = Field(
+        default="summed", description="one step of the sites' summed gradients a round, or local steps, then averaging"
+    )
+    local_steps: int = Field(default=1, ge=1, le=10_000, description="DP-SGD steps a round at each site")
+    parameters: Literal["all", "modulation", "head"] = Field(
+        default="modulation", description="what is trained: fewer numbers take less noise"
+    )
     sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a record, each step")
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    max_grad_norm: float = Field(default=0.1, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="a local step")
     max_update_norm: float | None = Field(default=None, gt=0, description="L2; default: the bound that Adam implies")
 
@@ -137,7 +150,8 @@ class Study(Settings):
     data: DataConfig
     network: NetworkConfig = NetworkConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
-    warm_start: WarmStartConfig = WarmStartConfig()
+    moments: MomentsConfig = MomentsConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     training: TrainingConfig
     privacy: PrivacyConfig
     federation: FederationConfig = FederationConfig()
@@ -157,8 +171,14 @@ class Study(Settings):
         for level, heads in enumerate(net.heads):
             if heads < 1 or (net.width * 2**level) % heads:
                 raise ValueError(f"network.heads: {heads} heads do not divide {net.width * 2**level} channels")
-        if self.warm_start.components > side:
-            raise ValueError(f"warm_start.components: more than the {side} px of a side")
+        if self.moments.components >= side:
+            raise ValueError(f"moments.components: not fewer than the {side} px of a side")
+        if self.training.step == "summed" and self.training.local_steps != 1:
+            raise ValueError('training.local_steps: must be 1 where training.step is "summed"')
+        if self.training.rounds == 0 and self.privacy.moments_share == 0:
+            raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
+        if self.pretrain.source == "phantoms" and not 16 <= side <= 128:
+            raise ValueError(f"pretrain.source: phantoms are drawn at 16 to 128 px, not {side}")
         if len(set(self.data.classes)) != len(self.data.classes):
             raise ValueError("data.classes: names must differ")
         if self.federation.min_sites > self.simulation.sites:

@@ -43,12 +43,18 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Training after `round` rounds; `ema` is what images are generated from."""
+    """Training after `round` rounds.
+
+    Attributes:
+        ema: what images are generated from.
+        optimizer: the server's, where it makes the steps.
+    """
 
     round: int
     weights: Arrays
     ema: Arrays
     rows: list[RoundRow] = field(default_factory=list)
+    optimizer: Arrays = field(default_factory=dict)
 
 
 class RunFolder:
@@ -134,6 +140,7 @@ class RunFolder:
         file = folder / f"round-{checkpoint.round:05d}.safetensors"
         arrays = {f"weights/{n}": a for n, a in checkpoint.weights.items()}
         arrays |= {f"ema/{n}": a for n, a in checkpoint.ema.items()}
+        arrays |= {f"optimizer/{n}": a for n, a in checkpoint.optimizer.items()}
         atomic_write(file, pack_arrays(arrays))
         manifest = {"round": checkpoint.round, "file": file.name, "sha256": sha256_file(file),
                     "rows": [asdict(row) for row in checkpoint.rows]}  # fmt: skip
@@ -170,7 +177,10 @@ class RunFolder:
         arrays = unpack_arrays(file.read_bytes(), where=str(file))
         return Checkpoint(
             round=int(head["round"]),
-            weights={n.removeprefix("weights/"): a for n, a in arrays.items() if n.startswith("weights/")},
-            ema={n.removeprefix("ema/"): a for n, a in arrays.items() if n.startswith("ema/")},
+            weights=_part(arrays, "weights/"), ema=_part(arrays, "ema/"), optimizer=_part(arrays, "optimizer/"),
             rows=[RoundRow(**row) for row in head["rows"]],
-        )
+        )  # fmt: skip
+
+
+def _part(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

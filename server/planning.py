@@ -23,12 +23,13 @@ class Estimate:
     """Rough needs of a run on this machine.
 
     Attributes:
-        parameters: of the diffusion network.
+        parameters: of the diffusion network; `trained` of them at the sites.
         train_seconds, generate_seconds: from a short measurement here; all sites taking turns.
         megabytes: model traffic of one site over the whole study, both ways.
     """
 
     parameters: int
+    trained: int
     train_seconds: float
     generate_seconds: float
     megabytes: float
@@ -39,9 +40,10 @@ def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
     import torch
 
     from common.model.diffusion import DiffusionLoss, NoiseSchedule
-    from common.model.swin_unet import SwinUNet
+    from common.model.diffusion_model import DiffusionModel
 
-    net = SwinUNet(study.network, study.data)
+    net = DiffusionModel(study)
+    trained = net.train_only(study.training.parameters)
     side, channels, records = study.data.image_size, study.data.channels, 16
     draws = study.diffusion.noise_multiplicity
     loss = DiffusionLoss(NoiseSchedule(study.diffusion.timesteps), draws, 0.0, len(study.data.classes))
@@ -60,11 +62,13 @@ def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
     per_record = _seconds(train_step) / records * 1.2  # book-keeping of per-record gradients costs about a fifth more
     evaluations = study.generation.steps * (2 if study.generation.guidance > 0 else 1)
     parameters = sum(p.numel() for p in net.parameters())
+    sent = sum(p.numel() for name, p in net.named_parameters() if name in trained)
     return Estimate(
         parameters=parameters,
+        trained=sent,
         train_seconds=per_record * batch * training.local_steps * training.rounds,
         generate_seconds=_seconds(sample_step) / records * evaluations * study.generation.images,
-        megabytes=2 * 4 * parameters * training.rounds / 1e6,
+        megabytes=4 * (parameters + sent) * training.rounds / 1e6,
     )
 
 
@@ -88,7 +92,7 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
         by_class = ", ".join(f"{name} {n}" for name, n in zip(study.data.classes, fact.train, strict=True))
         lines.append(f"{fact.name:<12}{fact.units:>10}{sum(fact.train):>8}{sum(fact.holdout):>10}   {by_class}")
         lines += [f"{'':<12}warning: {warning}" for warning in fact.warnings]
-    needed = units_needed(plan, needs.parameters)
+    needed = units_needed(plan, needs.trained)
     if any(fact.units < needed for fact in facts):
         lines.append(
             f"warning: at this epsilon the noise drowns everything a site with fewer than about {needed} {unit}s could "
@@ -110,7 +114,7 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
     minutes = (needs.train_seconds + needs.generate_seconds) / 60
     lines += [
         "",
-        f"network     {needs.parameters:,} parameters",
+        f"network     {needs.parameters:,} parameters, {needs.trained:,} of them trained at the sites",
         f"time        about {minutes:.0f} min on this machine ({needs.train_seconds / 60:.1f} training, "
         f"{needs.generate_seconds / 60:.1f} generating), and a few for start and validation",
         f"traffic     about {needs.megabytes:.0f} MB a site",
@@ -125,6 +129,8 @@ def units_needed(plan: StudyPlan, parameters: int) -> int:
     norm sigma·C·sqrt(T·d) over d parameters. sigma does not depend on n, so the n at which the two are equal does.
     """
     train = plan.train
+    if train is None:
+        return 0
     steps = train.steps * train.releases
     return math.ceil(train.noise_multiplier * math.sqrt(parameters / steps) / train.sample_rate)
 

@@ -30,7 +30,7 @@ from client.service import SiteService  # noqa: E402
 from common.accounting import epsilon_of, plan_study  # noqa: E402
 from common.images import Units  # noqa: E402
 from common.messages import Agreement, Refusal, TrainRequest, decode_reply, encode, identity  # noqa: E402
-from common.model.swin_unet import SwinUNet  # noqa: E402
+from common.model.diffusion_model import initial_weights  # noqa: E402
 from support.sites import site_toml  # noqa: E402
 from support.studies import tiny_study  # noqa: E402
 
@@ -59,7 +59,7 @@ def run(folder: Path, kills: int, seed: int) -> Tally:
     torch.set_num_threads(1)  # no threads here: the children are forks
     study = tiny_study(training={"rounds": 3000, "local_steps": 2, "sample_rate": 0.2})
     agreed = Agreement(study, plan_study(study))
-    weights = {n: p.detach().numpy() for n, p in SwinUNet(study.network, study.data).named_parameters()}
+    weights = initial_weights(study)
     site, witness = folder / "site-1.toml", folder / "witness"
     site.write_text(site_toml())
     witness.touch()

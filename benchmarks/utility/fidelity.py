@@ -33,9 +33,7 @@ class Fidelity:
 
 def fidelity(real: NDArray[Any], other: NDArray[Any]) -> Fidelity:
     """All figures of `other` (N, D) against `real` (N, D), N at least `FEWEST`."""
-    return Fidelity(
-        kid(real, other), coverage(real, other), recall(real, other), two_sample_accuracy(real, other)
-    )
+    return Fidelity(kid(real, other), coverage(real, other), recall(real, other), two_sample_accuracy(real, other))
 
 
 def kid(real: NDArray[Any], other: NDArray[Any]) -> float:

@@ -5,7 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import StudyError
@@ -21,11 +22,13 @@ class Dataset:
 
     Attributes:
         study: file name under configs/.
+        minutes: wall time that a run may take on two cores.
         shareable: its licence lets others have the images.
     """
 
     name: str
     study: str
+    minutes: float
     shareable: bool
 
     @property
@@ -45,26 +48,28 @@ class Recipe:
 DATASETS = {
     entry.name: entry
     for entry in (
-        Dataset("pneumoniamnist", "pneumonia.toml", shareable=True),
-        Dataset("fundus4", "fundus.toml", shareable=False),
-        Dataset("colonpath4", "histology.toml", shareable=False),
+        Dataset("pneumoniamnist", "pneumonia.toml", 45, shareable=True),
+        Dataset("fundus4", "fundus.toml", 60, shareable=False),
+        Dataset("colonpath4", "histology.toml", 60, shareable=False),
     )
 }
 RECIPES = {
     entry.name: entry
     for entry in (
-        Recipe("default", "the study file as it is: private class moments, a warm start on them, DP-SGD rounds"),
+        Recipe("default", "the study file as it is"),
         Recipe("moments", "no round of training: all goes to the class moments", ("training.rounds=0",)),
-        Recipe("dp-sgd", "no moments, no warm start: all goes to the rounds", ("privacy.moments_share=0",)),
-        # A study file has no such section yet, so that these rows are skipped, with the reason, until it has one.
-        Recipe("pretrained", "weights learnt on public images before the default recipe", ("pretrain.enabled=true",)),
+        Recipe("dp-sgd", "no moments: all goes to the rounds", ("privacy.moments_share=0",)),
+        # One of the two is what the study files have already, and is left out as a repetition.
+        Recipe("pretrained", "first learns on phantoms, which no patient is in", ("pretrain.source=phantoms",)),
+        Recipe("no-pretraining", "does not learn on phantoms first", ("pretrain.source=none",)),
     )
 }
 # Small enough for two cores and ten minutes; what comes out shows that the path holds, and nothing about quality.
 QUICK = (
-    "warm_start.steps=40", "training.rounds=1", "training.local_steps=4", "generation.images=240",
-    "generation.steps=6", "validation.steps=60", "validation.reference_steps=20",
+    "pretrain.images=256", "pretrain.steps=40", "training.rounds=3", "training.local_steps=1",
+    "generation.images=240", "generation.steps=6", "validation.steps=60", "validation.reference_steps=20",
 )  # fmt: skip
+_QUICK_MINUTES = 8.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ class Row:
     def identity(self) -> str:
         """The run's name: unique in its grid, and fit for a folder."""
         return f"{self.dataset}-eps{self.epsilon:g}-{self.recipe}-seed{self.seed}"
+
+    @property
+    def budget_minutes(self) -> float:
+        """Wall time that the run may take on two cores."""
+        return _QUICK_MINUTES if self.quick else DATASETS[self.dataset].minutes
 
     @property
     def study_file(self) -> Path:
@@ -101,12 +111,17 @@ class Row:
         return load_study(self.study_file, self.overrides)
 
     def not_available(self) -> str:
-        """Why this version cannot run it, or nothing."""
+        """Why the row is left out, or nothing.
+
+        Raises:
+            StudyError: the study file itself cannot be used; that is no reason to leave a row out.
+        """
+        usual = replace(self, recipe="default").study()
         try:
-            self.study()
+            same = self.recipe != "default" and self.study().sha256 == usual.sha256
         except StudyError as error:
-            return f"not available yet: {error}"
-        return ""
+            return f"not available yet: {error}".replace(f"{REPOSITORY}{os.sep}", "")
+        return "left out: the same as default" if same else ""
 
 
 def epsilon_label(epsilon: float) -> str:

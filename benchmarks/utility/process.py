@@ -19,6 +19,7 @@ from common.errors import StorageError
 _POLL_SECONDS = 0.2
 _TICK_SECONDS = 5.0
 _GRACE_SECONDS = 30.0  # an interrupted run saves its state and ends its engine
+_LEFTOVER_SECONDS = 3.0  # what a command that has ended left behind
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_limited(
             time.sleep(_POLL_SECONDS)
         return Ended(process.returncode, time.monotonic() - began)
     finally:
-        _end_group(process)
+        _end_group(process, _GRACE_SECONDS if process.poll() is None else _LEFTOVER_SECONDS)
         tick(time.monotonic() - began)
 
 
@@ -79,7 +80,7 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _end_group(process: subprocess.Popen[bytes], grace: float = _GRACE_SECONDS) -> None:
+def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """End what is left of the command's group; the group has the number of its first process."""
     for number, wait in ((signal.SIGINT, grace), (signal.SIGTERM, grace / 6), (signal.SIGKILL, grace / 6)):
         try:

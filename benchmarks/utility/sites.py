@@ -67,7 +67,7 @@ def _read(file: Path, part: str, schema: DataConfig) -> ImageSet:
     except _SPOILT as error:
         raise DataError(f"cannot be read ({error})", where=where, remedy="Is the file whole?") from error
     images = images[..., None] if images.ndim == 3 else images
-    labels = labels.reshape(len(labels), -1)
+    labels = labels[:, None] if labels.ndim == 1 else labels
     side, classes = schema.image_size, len(schema.classes)
     fits = images.dtype == np.uint8 and images.shape[1:] == (side, side, schema.channels)
     if not fits or labels.shape != (len(images), 1) or not len(images) or labels.min() < 0 or labels.max() >= classes:

@@ -1,31 +1,40 @@
-"""Moments: the site answers with noisy class moments of its train partition, in a public low-frequency basis.
+"""Moments: the site answers with noisy class moments of its train partition, in public coordinates.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Released
 from client.site import Site
-from common.errors import BudgetError
+from common.errors import BudgetError, ReplyError
 from common.messages import MomentsReply, MomentsRequest, Spent
-from common.moments import class_sums
+from common.model.diffusion_model import space_of
+from common.moments import class_means, class_sums, spread_sums
 
 
 def moments(site: Site, gate: Gate, request: MomentsRequest) -> Released[MomentsReply]:
-    """Release sums of feature vectors by class, and of their squares (`common/moments.py` bounds both).
+    """Release class sums, then squares about the means that those noisy sums give (`common/moments.py` bounds both).
 
     Raises:
         PolicyRefusal, BudgetError: refused; no image was read.
+        ReplyError: the counts in the request are no counts.
     """
     study, plan = request.agreement.study, request.agreement.plan.moments
     if plan is None:
         raise BudgetError("the study plans no moments", where="plan")
+    classes, space = len(study.data.classes), space_of(study)
+    counts = np.asarray(request.counts, dtype=np.float64)
+    if counts.shape != (classes,) or not np.isfinite(counts).all():
+        raise ReplyError(f"{len(counts)} class counts for {classes} classes, or not finite", where="request")
     with gate.spend(plan) as permit:
-        exact = class_sums(site.train, len(study.data.classes), study.warm_start.components)
-        noisy = permit.noisy(plan.name, {name: torch.from_numpy(part) for name, part in exact.items()})
+        sums = permit.noisy(plan.name, {"means": torch.from_numpy(class_sums(site.train, classes, space))})
+        centres = class_means(sums["means"].numpy(), counts, noise_std=plan.noise_multiplier * plan.sensitivity)
+        spread = {name: torch.from_numpy(part) for name, part in spread_sums(site.train, centres, space).items()}
+        noisy = {**sums, **permit.noisy(plan.name, spread)}
         reply = MomentsReply(
             site=site.config.name, spent=Spent(0.0, 0.0, 0, 0),
             arrays={name: part.numpy() for name, part in noisy.items()},

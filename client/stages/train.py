@@ -1,4 +1,4 @@
-"""Train: one round of DP-SGD steps on the site's train partition, from the server's weights.
+"""Train: one round of DP-SGD on the site's train partition, from the server's weights.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -10,6 +10,7 @@ A record gives one vector: its gradient clipped to C·sqrt(1 - s²), and its los
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from client.privacy.gate import Gate, Permit, Released
 from client.privacy.grad_sample import ClippedSum, bytes_per_record, clipped_gradient_sum, filled, physical_batch_for
 from client.site import Site
 from common.accounting import LOSS_SHARE
-from common.errors import ReplyError
+from common.errors import BudgetError, ReplyError
 from common.files import append_line
 from common.images import to_unit
 from common.messages import Arrays, Spent, TrainReply, TrainRequest
 from common.model.diffusion import DiffusionLoss, NoiseSchedule
-from common.model.swin_unet import SwinUNet
+from common.model.diffusion_model import DiffusionModel, load_model
 from common.optimizer import Adam
 from common.study import Study
 
@@ -31,48 +32,68 @@ LARGEST_LOSS = 2.0  # a network that predicts nothing has loss 1 at most
 
 
 def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]:
-    """Run the plan's steps and release the change of the weights.
+    """Run the plan's steps and release the change of the weights, or the one noisy sum of a summed step.
 
     Raises:
         PolicyRefusal, BudgetError: refused; no record was touched.
-        ReplyError: the server's weights do not fit the study's network, or its expected batch is no positive number.
+        ReplyError: the server's weights do not fit the study's model, or its expected batch is no positive number.
     """
     study, plan = request.agreement.study, request.agreement.plan.train
+    if plan is None:
+        raise BudgetError("the study plans no training", where="plan")
     torch.set_num_threads(site.config.performance.threads)
-    net = load_network(study, request.arrays)
+    model = load_model(study, request.arrays)
+    model.train_only(study.training.parameters)
     if not 0 < request.expected_batch < math.inf:
         raise ReplyError(f"an expected batch of {request.expected_batch} records", where="request")
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = Adam(dict(net.named_parameters()), learning_rate=study.training.learning_rate)
-    moments = site.state / f"adam-{study.sha256[:16]}.safetensors"
-    optimizer.restore(moments)
     with gate.spend(plan) as permit:
-        total_loss = 0.0
-        step = _Step(site, study, net, permit, request.expected_batch)
-        for _ in range(plan.steps):
+        step = _Step(site, study, model, permit, request.expected_batch)
+        if study.training.step == "summed":
             noisy = step.noisy_sum()
-            total_loss += float(noisy.pop("loss")) * LARGEST_LOSS / (LOSS_SHARE * plan.sensitivity)
-            optimizer.step({name: part / request.expected_batch for name, part in noisy.items()})
-        update = {name: (p.detach() - before[name]).numpy() for name, p in net.named_parameters()}
+            total_loss, adam = float(noisy.pop("loss")), None
+            arrays = {name: part.float().numpy() for name, part in noisy.items()}
+        else:
+            arrays, total_loss, adam = _local_steps(site, study, model, step, plan.steps, request.expected_batch)
         reply = TrainReply(
             site=site.config.name,
             round=request.round,
-            loss=total_loss / (request.expected_batch * plan.steps),
+            loss=total_loss * LARGEST_LOSS / (LOSS_SHARE * plan.sensitivity * request.expected_batch * plan.steps),
             spent=Spent(0.0, 0.0, 0, 0),
-            arrays=update,
+            arrays=arrays,
         )
         released = permit.seal(reply)
-    optimizer.save(moments)
+    if adam is not None:
+        adam.save(_moments_file(site, study))
     if step.nonfinite:  # for the site's eyes: a record that cannot be trained on is the site's to look at
         text = f"round {request.round}: {step.nonfinite} draws of a {study.privacy.unit} had no finite gradient"
         append_line(site.state / "site.log", f"{text} and counted as zero")
     return released
 
 
+def _local_steps(
+    site: Site, study: Study, model: DiffusionModel, step: _Step, steps: int, expected_batch: float
+) -> tuple[Arrays, float, Adam]:
+    """(change of the weights, sum of the noisy losses, optimizer) after `steps` steps at the site."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    adam = Adam(trained, learning_rate=study.training.learning_rate)
+    adam.restore(_moments_file(site, study))
+    total_loss = 0.0
+    for _ in range(steps):
+        noisy = step.noisy_sum()
+        total_loss += float(noisy.pop("loss"))
+        adam.step({name: part / expected_batch for name, part in noisy.items()})
+    return {name: (p.detach() - before[name]).numpy() for name, p in trained.items()}, total_loss, adam
+
+
+def _moments_file(site: Site, study: Study) -> Path:
+    return site.state / f"adam-{study.sha256[:16]}.safetensors"
+
+
 class _Step:
     """One DP-SGD step after another on the same data and network."""
 
-    def __init__(self, site: Site, study: Study, net: SwinUNet, permit: Permit, expected_batch: float) -> None:
+    def __init__(self, site: Site, study: Study, net: DiffusionModel, permit: Permit, expected_batch: float) -> None:
         self._units, self._draws = site.train, study.diffusion.noise_multiplicity
         self._net, self._permit = net, permit
         self._norm = study.training.max_grad_norm
@@ -110,22 +131,3 @@ def clipped_loss(clipped: ClippedSum, max_grad_norm: float) -> torch.Tensor:
     """Sum over records of the loss, scaled so that one record adds at most LOSS_SHARE × max_grad_norm; shape ()."""
     losses = torch.nan_to_num(clipped.losses.double(), nan=0.0, posinf=0.0, neginf=0.0).clamp(0.0, LARGEST_LOSS)
     return losses.sum() * (LOSS_SHARE * max_grad_norm / LARGEST_LOSS)
-
-
-def load_network(study: Study, weights: Arrays) -> SwinUNet:
-    """The study's network with these weights.
-
-    Raises:
-        ReplyError: names or shapes differ from the study's network, or a value is not finite.
-    """
-    net = SwinUNet(study.network, study.data)
-    parameters = dict(net.named_parameters())
-    if set(parameters) != set(weights):
-        raise ReplyError("the weights have other names than the study's network", where="request")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = torch.from_numpy(weights[name].copy())
-            if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
-                raise ReplyError(f"the weight '{name}' does not fit the study's network", where="request")
-            parameter.copy_(value)
-    return net

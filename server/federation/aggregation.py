@@ -33,9 +33,20 @@ def average(updates: Mapping[str, Arrays], counts: Mapping[str, float]) -> Array
     }
 
 
+def mean_gradient(sums: Mapping[str, Arrays], expected_batches: Mapping[str, float]) -> Arrays:
+    """Noisy mean gradient over the records of all sites, from each one's noisy sum; float64.
+
+    Args:
+        expected_batches: by site, public estimate of the records in its sum.
+    """
+    total = sum(expected_batches[site] for site in sums)
+    names = next(iter(sums.values()))
+    return {name: np.sum([part[name].astype(np.float64) for part in sums.values()], axis=0) / total for name in names}
+
+
 def apply(weights: Arrays, change: Arrays) -> Arrays:
-    """The weights after a change."""
-    return {name: weights[name] + change[name] for name in weights}
+    """The weights after a change of some of them."""
+    return {name: weights[name] + change[name] if name in change else weights[name] for name in weights}
 
 
 def moving_average(ema: Arrays, weights: Arrays, *, decay: float, steps: int, step: int) -> Arrays:

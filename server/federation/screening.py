@@ -40,7 +40,7 @@ def screen_arrays(arrays: Arrays, *, expected: Shapes, dtype: str) -> None:
 
 
 def screen_update(update: Arrays, *, expected: Shapes, largest_norm: float, loss: float) -> None:
-    """Check a site's change of the weights.
+    """Check a site's change of the weights, or its sum of gradients.
 
     Args:
         update: float32 arrays by parameter name.
@@ -57,3 +57,13 @@ def screen_update(update: Arrays, *, expected: Shapes, largest_norm: float, loss
         raise ReplyError(f"update of norm {norm:.3g}, over the bound {largest_norm:.3g}", where="reply")
     if not math.isfinite(loss):
         raise ReplyError("a loss that is not finite", where="reply")
+
+
+def largest_sum_norm(*, records: float, max_grad_norm: float, noise_std: float, numbers: int) -> float:
+    """L2 bound of an honest noisy sum of clipped gradients: passed with probability below 1e-9.
+
+    Args:
+        records: public estimate of the records in it, itself from a noisy count: taken double, and 50 more.
+        noise_std: of each of the `numbers` numbers.
+    """
+    return max_grad_norm * (2.0 * records + 50.0) + noise_std * (math.sqrt(numbers) + 7.0)

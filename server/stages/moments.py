@@ -1,4 +1,4 @@
-"""Moments: private class moments from the sites, and a network that has learnt to draw what they describe.
+"""Moments: the public start of the network, and private class moments from the sites for the Gaussian beside it.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -11,54 +11,66 @@ import numpy as np
 
 from common.errors import ReplyError
 from common.messages import Arrays, MomentsReply, MomentsRequest
-from common.moments import Prior
+from common.model.diffusion_model import initial_weights, space_of, with_prior
+from common.prior import Prior
 from server.checkpoints import Checkpoint
 from server.federation.screening import screen_arrays
 from server.federation.sites import Answers
 from server.session import Session
-from server.synthesis.warm_start import warm_start
+from server.synthesis.pretrain import pretrained
 
 
 def moments(session: Session) -> None:
-    """Ask, add up, train on samples of what comes out, and keep the weights as the checkpoint of round 0.
+    """Make the weights of round 0: public weights, with the Gaussian that the sites' noisy moments describe.
 
-    Nothing is done where the study plans no moments, or where a checkpoint stands already.
+    Nothing is done where a checkpoint stands already.
 
     Raises:
         FederationError: fewer usable answers than federation.min_sites.
     """
-    study, plan = session.agreement.study, session.agreement.plan.moments
-    if plan is None or session.folder.last_checkpoint() is not None:
+    study = session.agreement.study
+    if session.folder.last_checkpoint() is not None:
         return
+    prior = None if session.agreement.plan.moments is None else _ask(session)
+    weights = initial_weights(study)
+    if study.pretrain.source == "phantoms" and study.training.rounds:
+        session.progress.stage("pretrain", f"{study.pretrain.steps} steps on {study.pretrain.images} drawn phantoms")
+        weights = pretrained(
+            study, session.folder.path / "checkpoints" / "pretrained.safetensors",
+            on_step=lambda done, total: session.progress.step("pretrain", done, total, "steps"),
+        )  # fmt: skip
+    weights = weights if prior is None else with_prior(weights, prior)
+    copy = {name: array.copy() for name, array in weights.items()}
+    session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
+
+
+def _ask(session: Session) -> Prior:
+    """The prior of all sites that answer."""
+    study, plan = session.agreement.study, session.agreement.plan.moments
+    assert plan is not None
     session.progress.stage("moments", f"asking {len(session.members)} sites for private class moments")
-    answers = session.group.ask(dict.fromkeys(session.members, MomentsRequest(agreement=session.agreement)))
+    answers = session.group.ask({
+        node: MomentsRequest(agreement=session.agreement, counts=tuple(member.counts))
+        for node, member in session.members.items()
+    })  # fmt: skip
     sums, reasons = _screen(session, answers)
     for site, reason in reasons.items():
         session.progress.warn(f"moments: {site} left out: {reason}", site=site)
     session.require(len(sums), reasons, "moments")
-    counts = np.sum([m.counts for m in session.members.values() if m.site in sums], axis=0)
-    counts = np.maximum(counts, 1.0)
-    prior = Prior.fit(
-        {name: np.sum([part[name] for part in sums.values()], axis=0) for name in ("means", "squares")}, counts,
-        noise_std=math.sqrt(len(sums)) * plan.noise_multiplier * plan.sensitivity, size=study.data.image_size,
-        channels=study.data.channels,
+    counts = np.sum([np.maximum(m.counts, 1.0) for m in session.members.values() if m.site in sums], axis=0)
+    total = {name: np.sum([part[name] for part in sums.values()], axis=0) for name in next(iter(sums.values()))}
+    return Prior.fit(
+        space_of(study), total["means"], total["squares"], total["energies"], counts,
+        noise_std=math.sqrt(len(sums)) * plan.noise_multiplier * plan.sensitivity,
     )  # fmt: skip
-    session.progress.stage(
-        "warm start", f"{study.warm_start.steps} steps on samples of the moments ({len(prior.scales)} directions kept)"
-    )
-    weights = warm_start(
-        study, prior, counts / counts.sum(),
-        on_step=lambda done, total: session.progress.step("warm start", done, total, "steps"),
-    )  # fmt: skip
-    copy = {name: array.copy() for name, array in weights.items()}
-    session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
 
 
 def _screen(session: Session, answers: Answers) -> tuple[dict[str, Arrays], dict[str, str]]:
     """(sums by site, reasons by left-out site)."""
     study = session.agreement.study
-    d = study.data.channels * study.warm_start.components**2
-    expected = {"means": (len(study.data.classes), d), "squares": (d * (d + 1) // 2,)}
+    space = space_of(study)
+    means = (len(study.data.classes), space.dimension)
+    expected = {"means": means, "squares": (space.packed,), "energies": (space.band_count,)}
     sums: dict[str, Arrays] = {}
     reasons = session.excuses(answers)
     for node, reply in sorted(answers.replies.items()):

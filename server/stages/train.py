@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from common.accounting import MechanismPlan
 from common.errors import ReplyError
 from common.messages import Arrays, TrainReply, TrainRequest
-from common.optimizer import largest_update_norm
+from common.model.diffusion_model import initial_weights, load_model
+from common.optimizer import Adam, largest_update_norm
+from common.study import Study
 from server.checkpoints import Checkpoint, RoundRow
-from server.federation.aggregation import apply, average, moving_average
-from server.federation.screening import screen_update
+from server.federation.aggregation import apply, average, mean_gradient, moving_average
+from server.federation.screening import largest_sum_norm, screen_update
 from server.federation.sites import Answers
 from server.session import Session
-from server.synthesis.warm_start import initial_weights
 
 
 def train(session: Session) -> Checkpoint:
@@ -30,8 +34,12 @@ def train(session: Session) -> Checkpoint:
     study = session.agreement.study
     rounds = study.training.rounds
     kept = session.folder.last_checkpoint()
-    weights = initial_weights(study)
-    state = kept or Checkpoint(0, weights, {name: array.copy() for name, array in weights.items()})
+    state = kept
+    if state is None:
+        weights = initial_weights(study)
+        state = Checkpoint(0, weights, {name: array.copy() for name, array in weights.items()})
+    if rounds == 0:
+        return state
     text = f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds"
     session.progress.stage("train", text, done=state.round)
     while state.round < rounds:
@@ -55,7 +63,8 @@ def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
         for node, member in session.members.items()
     }  # fmt: skip
     answers = session.group.ask(requests)
-    updates, losses, reasons = _screen(session, answers, state.weights, number)
+    batches = {session.members[node].site: request.expected_batch for node, request in requests.items()}
+    updates, losses, reasons = _screen(session, answers, state.weights, number, batches)
     for site, reason in reasons.items():
         session.progress.warn(f"round {number}: {site} left out: {reason}", site=site, round=number)
     exhausted = [r for r in answers.refusals.values() if r.kind == "BudgetError"]
@@ -65,7 +74,10 @@ def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
     session.require(len(updates), reasons, "train")
     weights_by_site = {member.site: member.weight for member in session.members.values()}
     total = sum(weights_by_site[site] for site in updates)
-    weights = apply(state.weights, average(updates, weights_by_site))
+    if study.training.step == "summed":
+        weights, optimizer = _summed_step(study, state, mean_gradient(updates, batches))
+    else:
+        weights, optimizer = apply(state.weights, average(updates, weights_by_site)), {}
     steps = study.training.local_steps
     row = RoundRow(
         round=number,
@@ -83,18 +95,40 @@ def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
         round=number, loss=row.loss, epsilon=row.epsilon, seconds=row.seconds,
         images_per_second=round(draws / max(row.seconds, 1e-3), 1), accepted=row.accepted, rejected=row.rejected,
     )  # fmt: skip
-    return Checkpoint(number, weights, ema, [*state.rows, row])
+    return Checkpoint(number, weights, ema, [*state.rows, row], optimizer)
+
+
+def _summed_step(study: Study, state: Checkpoint, gradient: Arrays) -> tuple[Arrays, Arrays]:
+    """(weights, optimizer's state) after one step of Adam on the sites' common gradient; post-processing."""
+    trained = {name: torch.from_numpy(state.weights[name].copy()) for name in gradient}
+    adam = Adam(trained, learning_rate=study.training.learning_rate)
+    if state.optimizer:
+        adam.load(state.optimizer)
+    adam.step({name: torch.from_numpy(part) for name, part in gradient.items()})
+    return {**state.weights, **{name: tensor.numpy() for name, tensor in trained.items()}}, adam.state()
+
+
+def _largest_norm(study: Study, plan: MechanismPlan, parameters: int, expected_batch: float) -> float:
+    """L2 bound of an honest answer: what the optimizer can move, or what records and noise can add up to."""
+    if study.training.max_update_norm is not None:
+        return study.training.max_update_norm
+    if study.training.step == "summed":
+        return largest_sum_norm(
+            records=expected_batch, max_grad_norm=plan.sensitivity,
+            noise_std=plan.noise_multiplier * plan.sensitivity, numbers=parameters,
+        )  # fmt: skip
+    return largest_update_norm(parameters=parameters, steps=plan.steps, learning_rate=study.training.learning_rate)
 
 
 def _screen(
-    session: Session, answers: Answers, weights: Arrays, number: int
+    session: Session, answers: Answers, weights: Arrays, number: int, batches: dict[str, float]
 ) -> tuple[dict[str, Arrays], dict[str, float], dict[str, str]]:
     """(updates by site, losses by site, reasons by left-out site)."""
-    training = session.agreement.study.training
-    bound = training.max_update_norm or largest_update_norm(
-        parameters=sum(array.size for array in weights.values()), steps=training.local_steps,
-        learning_rate=training.learning_rate,
-    )  # fmt: skip
+    study, plan = session.agreement.study, session.agreement.plan.train
+    assert plan is not None
+    trained = load_model(study, weights).train_only(study.training.parameters)
+    shapes = {name: weights[name].shape for name in trained}
+    parameters = sum(weights[name].size for name in trained)
     updates: dict[str, Arrays] = {}
     losses: dict[str, float] = {}
     reasons = session.excuses(answers)
@@ -103,7 +137,7 @@ def _screen(
         try:
             if not isinstance(reply, TrainReply) or reply.site != member.site or reply.round != number:
                 raise ReplyError("an answer to another question", where="reply")
-            shapes = {name: array.shape for name, array in weights.items()}
+            bound = _largest_norm(study, plan, parameters, batches[member.site])
             screen_update(reply.arrays, expected=shapes, largest_norm=bound, loss=reply.loss)
         except ReplyError as error:
             reasons[member.site] = error.what

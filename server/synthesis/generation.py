@@ -18,8 +18,8 @@ from common.files import atomic_write
 from common.images import ImageSet, to_uint8
 from common.messages import Arrays
 from common.model.diffusion import NoiseSchedule
+from common.model.diffusion_model import load_model
 from common.model.samplers import sample
-from common.model.swin_unet import SwinUNet
 from common.study import Study
 
 
@@ -59,8 +59,7 @@ def generate(
     Returns:
         uint8 images (N, C, H, W) with their labels; no patients, for there are none.
     """
-    net = SwinUNet(study.network, study.data)
-    net.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
+    net = load_model(study, weights)
     schedule = NoiseSchedule(study.diffusion.timesteps)
     shape = (study.data.channels, study.data.image_size, study.data.image_size)
     size = study.generation.batch_size

@@ -14,11 +14,13 @@ from client.privacy.ledger import Ceiling, Ledger
 from common.accounting import plan_study
 from common.claims import Claim
 from common.errors import FederationError, StorageError
+from common.model.diffusion_model import load_model
 from server import pipeline
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
 from server.progress import Progress
 from server.release.bundle import verify_checksums
+from server.stages import train as train_stage
 from support.grid import InProcessGrid
 from support.sites import site_toml
 from support.studies import agreement, tiny_study
@@ -95,7 +97,7 @@ def _nan(reply):
 TAMPERINGS = {
     "not finite": _nan,
     "over the bound": lambda r: replace(r, arrays={n: a + np.float32(1e3) for n, a in r.arrays.items()}),
-    "has shape": lambda r: replace(r, arrays={**r.arrays, "embed.weight": np.zeros((2, 2), np.float32)}),
+    "has shape": lambda r: replace(r, arrays={**r.arrays, "swin.embed.weight": np.zeros((2, 2), np.float32)}),
     "wrong names": lambda r: replace(r, arrays={"other": np.zeros(2, np.float32)}),
     "not float32": lambda r: replace(r, arrays={n: a.astype(np.float64) for n, a in r.arrays.items()}),
     "another question": lambda r: replace(r, round=99),
@@ -321,6 +323,45 @@ def test_moments_are_asked_once_and_their_network_is_the_checkpoint_of_round_0(t
     asked = [entry.body["mechanism"] for entry in run.ledger(1).entries() if entry.kind == "reserved"]
     assert asked.count("moments") == 1
     assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
+
+
+def test_one_summed_step_a_round_is_the_optimizers_step_on_all_sites_sums(tmp_path):
+    """Stopped after a round and taken up again: the optimizer goes on, and the prior is as it was."""
+    study = tiny_study(training={"step": "summed", "local_steps": 1, "parameters": "modulation", "rounds": 3})
+    run = _Run(tmp_path, study)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stage, "_one_round", _stops_after(1, train_stage._one_round))
+        with pytest.raises(KeyboardInterrupt):
+            run.go()
+    first = run.folder.last_checkpoint()
+    assert first.round == 1
+    assert int(first.optimizer["steps"][0]) == 1
+    start = load_model(study, first.weights)
+    trained = set(start.train_only("modulation"))
+    run.go()
+    last = run.folder.last_checkpoint()
+    assert int(last.optimizer["steps"][0]) == 3
+    assert len(last.rows) == 3
+    for name, array in last.weights.items():
+        assert np.array_equal(array, first.weights[name]) == (name not in trained), name
+
+
+def _stops_after(rounds, one_round):
+    def stopping(session, state):
+        if state.round == rounds:
+            raise KeyboardInterrupt
+        return one_round(session, state)
+
+    return stopping
+
+
+def test_a_study_without_a_round_is_made_of_the_moments_alone(tmp_path):
+    run = _Run(tmp_path, tiny_study(training={"rounds": 0}))
+    report = run.go()
+    asked = [entry.body["mechanism"] for entry in run.ledger(1).entries() if entry.kind == "reserved"]
+    assert sorted(asked) == ["counts", "evaluate", "moments", "reference"]
+    assert report.is_file()
+    assert run.folder.last_checkpoint().round == 0
 
 
 def test_a_study_without_moments_asks_for_none(tmp_path):

@@ -99,10 +99,10 @@ def test_another_user_reads_neither_site_file_nor_ledger_nor_answers_but_can_be_
 def _weights():
     import torch
 
-    from common.model.swin_unet import SwinUNet
+    from common.model.diffusion_model import initial_weights
 
     torch.manual_seed(0)
-    return {n: p.detach().numpy().copy() for n, p in SwinUNet(STUDY.network, STUDY.data).named_parameters()}
+    return initial_weights(STUDY)
 
 
 def test_less_noise_more_releases_or_a_smaller_sensitivity_than_the_studys_plan_are_refused_and_cost_nothing(site):

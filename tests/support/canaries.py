@@ -31,7 +31,7 @@ from client.privacy.ledger import Ledger
 from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
 from client.site import Performance
-from common.accounting import LOSS_SHARE, epsilon_of
+from common.accounting import LOSS_SHARE, MechanismPlan, epsilon_of
 from common.auditing import epsilon_lower_bound, p_value
 from common.images import ImageSet, Units
 from common.messages import Agreement
@@ -70,6 +70,7 @@ class Case:
             network={"patch_size": 2, "width": 8, "depths": [1, 1], "heads": [2, 2], "window": 4},
             diffusion={"timesteps": 100, "noise_multiplicity": 1, "label_dropout": 0.0},
             training={"rounds": 1, "local_steps": self.steps, "sample_rate": self.sample_rate},
+            pretrain={"source": "none"},
             privacy={"epsilon": self.epsilon, "delta": self.delta, "accountant": "prv", "counts_share": 0.05,
                      "moments_share": 0.0, "reference_share": 0.0},
         ))  # fmt: skip
@@ -77,7 +78,7 @@ class Case:
     @property
     def claimed(self) -> float:
         """Epsilon of the training steps alone."""
-        return epsilon_of([self.agreed.plan.train.whole_loss], delta=self.delta, accountant="prv")
+        return epsilon_of([training_plan(self.agreed).whole_loss], delta=self.delta, accountant="prv")
 
     @property
     def guesses(self) -> int:
@@ -103,7 +104,7 @@ def attack(folder: Path, case: Case, *, seed: int) -> int:
 
 def simulated(case: Case, *, noise: float = 1.0, runs: int, seed: int) -> np.ndarray:
     """Right guesses of `runs` attacks by the law that the scores should have, with `noise` times the planned noise."""
-    rng, plan = np.random.default_rng(seed), case.agreed.plan.train
+    rng, plan = np.random.default_rng(seed), training_plan(case.agreed)
     spread, found = noise * plan.noise_multiplier * math.sqrt(plan.steps), []
     for _ in range(runs):
         inside = rng.random(case.canaries) < 0.5
@@ -135,7 +136,7 @@ def needed(case: Case) -> int:
 def _scores(folder: Path, case: Case, inside: np.ndarray, seed: int) -> np.ndarray:
     """What was released in each canary's direction, summed over the steps, in units of the clipping norm."""
     agreed = case.agreed
-    plan, ledger = agreed.plan.train, Ledger(folder / "ledger.sqlite")
+    plan, ledger = training_plan(agreed), Ledger(folder / "ledger.sqlite")
     gate = Gate(
         agreement=agreed, request="audit", policy=SitePolicy(require_approval=False), ledger=ledger,
         source=NoiseSource(seed), cohort=Cohort(len(inside), len(inside)), replies=folder,
@@ -176,7 +177,7 @@ def _swin_step(agreed: Agreement, permit: gate_module.Permit, inside: np.ndarray
         train=Units.of(ImageSet(images, inside.astype(np.int64)), "image"),
         config=SimpleNamespace(performance=Performance()),
     )
-    rate = agreed.plan.train.sample_rate
+    rate = training_plan(agreed).sample_rate
     step = train_module._Step(site, study, malicious_net(study), permit, rate * canaries / 2)  # pyright: ignore
     step._generator.manual_seed(0)  # the draws of the loss do not move the scores; seeded all the same
     return step
@@ -197,3 +198,9 @@ def malicious_net(study: Study) -> SwinUNet:
         net.head.bias.fill_(UNCLIPPED)
         net.last_condition.weight[: study.network.width] = UNCLIPPED  # the rows of the shift
     return net
+
+
+def training_plan(agreed: Agreement) -> MechanismPlan:
+    """The plan of the training steps, which every case has."""
+    assert agreed.plan.train is not None
+    return agreed.plan.train

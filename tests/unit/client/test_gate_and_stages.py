@@ -18,11 +18,11 @@ import client.stages.train as train_module
 from client.privacy.gate import Released
 from client.privacy.randomness import NoiseSource
 from client.stages.enrol import enrol
-from client.stages.train import LARGEST_LOSS, load_network, train
+from client.stages.train import LARGEST_LOSS, load_model, train
 from common.accounting import LOSS_SHARE, PrivacyLoss
 from common.errors import BudgetError, PolicyRefusal, ReplyError
 from common.messages import EnrolReply, EnrolRequest, TrainReply, TrainRequest, encode, identity
-from common.model.swin_unet import SwinUNet
+from common.model.diffusion_model import initial_weights
 from support.sites import open_phantom_site
 from support.studies import agreement, tiny_study
 
@@ -31,7 +31,7 @@ STUDY = tiny_study()
 
 def _weights(study=STUDY):
     torch.manual_seed(0)
-    return {n: p.detach().numpy().copy() for n, p in SwinUNet(study.network, study.data).named_parameters()}
+    return initial_weights(study)
 
 
 def _ask(site, request):
@@ -251,7 +251,7 @@ def test_released_is_made_by_the_gate_only():
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_spent(site):
     request = _train_request()
-    broken = {**request.arrays, "embed.weight": np.full_like(request.arrays["embed.weight"], np.nan)}
+    broken = {**request.arrays, "swin.embed.weight": np.full_like(request.arrays["swin.embed.weight"], np.nan)}
     for arrays in (broken, {"other": np.zeros(3, np.float32)}):
         with pytest.raises(ReplyError):
             _ask(site, replace(request, arrays=arrays))
@@ -260,4 +260,4 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_spent(site):
             _ask(site, replace(request, expected_batch=batch))
     assert site.gate(agreement(), "x").ledger.counts(STUDY.sha256) == (0, 0)
     with pytest.raises(ReplyError):
-        load_network(STUDY, {"other": np.zeros(3, np.float32)})
+        load_model(STUDY, {"other": np.zeros(3, np.float32)})

@@ -10,13 +10,13 @@ from PIL import Image
 
 from common.errors import CheckpointError
 from common.images import ImageSet, to_uint8, to_unit
+from common.model.diffusion_model import initial_weights
 from common.optimizer import largest_update_norm
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moving_average
 from server.release.bundle import verify_checksums
 from server.release.formats import contact_sheet, write_npz, write_pngs
 from server.synthesis.generation import generate, load_generated, planned_labels
-from server.synthesis.warm_start import initial_weights
 from support.studies import agreement, tiny_study
 
 STUDY = tiny_study()

@@ -1,0 +1,95 @@
+"""The diffusion model that is trained and sampled: a Gaussian in closed form, and a Swin U-Net for what it lacks.
+
+SPDX-License-Identifier: Apache-2.0
+
+The U-Net's last layer begins at zero, so that before any training the model draws exactly what the private moments
+describe; noisy gradients are spent on the rest alone (docs/adr/0011).
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.errors import ReplyError
+from common.messages import Arrays
+from common.model.diffusion import NoiseSchedule
+from common.model.gaussian import GaussianVelocity, buffers
+from common.model.swin_unet import SwinUNet
+from common.moments import Coordinates, coordinates
+from common.prior import Prior
+from common.study import Study
+
+_TRAINED = {  # patterns of parameter names
+    "all": r"",
+    "modulation": r"^swin\.(head|last_condition|label)\.|\.bias$",
+    "head": r"^swin\.head\.|^swin\.last_condition\.bias$",
+}
+
+
+class DiffusionModel(nn.Module):
+    """Velocity of a noisy image, given its time step and class.
+
+    Args:
+        prior: whose closed form is the first summand; by default what is known of any image.
+    """
+
+    def __init__(self, study: Study, prior: Prior | None = None) -> None:
+        super().__init__()
+        prior = prior or Prior.public(space_of(study), len(study.data.classes))
+        self.prior = GaussianVelocity(prior, NoiseSchedule(study.diffusion.timesteps))
+        self.swin = SwinUNet(study.network, study.data)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, K, C, H, W), t (B, K), y (B, K) -> (B, K, C, H, W)."""
+        return self.prior(x, t, y) + self.swin(x, t, y)
+
+    def train_only(self, which: str) -> list[str]:
+        """Let only these parameters require a gradient, and name them.
+
+        Args:
+            which: "all"; "modulation": biases, labels and the last layers; "head": the last layer.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(re.search(_TRAINED[which], name) is not None)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def weights(self) -> Arrays:
+        """Parameters and the prior's buffers, float32, by name."""
+        return {name: tensor.detach().numpy().copy() for name, tensor in self.state_dict().items()}
+
+
+def space_of(study: Study) -> Coordinates:
+    """The coordinates of the study's moments."""
+    return coordinates(study.data.image_size, study.data.channels, study.moments.components)
+
+
+def initial_weights(study: Study) -> Arrays:
+    """Public initial weights, drawn from the study's seed, with the public prior."""
+    torch.manual_seed(study.study.seed)
+    return DiffusionModel(study).weights()
+
+
+def with_prior(weights: Arrays, prior: Prior) -> Arrays:
+    """The weights with another prior."""
+    return {**weights, **{f"prior.{name}": array for name, array in buffers(prior).items()}}
+
+
+def load_model(study: Study, weights: Arrays) -> DiffusionModel:
+    """The study's model with these weights.
+
+    Raises:
+        ReplyError: names or shapes differ from the study's model, or a value is not finite.
+    """
+    model = DiffusionModel(study)
+    state = model.state_dict()
+    if set(state) != set(weights):
+        raise ReplyError("the weights have other names than the study's model", where="request")
+    for name, array in weights.items():
+        if array.shape != tuple(state[name].shape) or not bool(np.isfinite(array).all()):
+            raise ReplyError(f"the weight '{name}' does not fit the study's model", where="request")
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
+    return model
