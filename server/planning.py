@@ -24,12 +24,13 @@ class Estimate:
 
     Attributes:
         parameters: of the diffusion network; `trained` of them at the sites.
-        train_seconds, generate_seconds: from a short measurement here; all sites taking turns.
+        pretrain_seconds, train_seconds, generate_seconds: from a short measurement here; all sites taking turns.
         megabytes: model traffic of one site over the whole study, both ways.
     """
 
     parameters: int
     trained: int
+    pretrain_seconds: float
     train_seconds: float
     generate_seconds: float
     megabytes: float
@@ -66,10 +67,17 @@ def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
     return Estimate(
         parameters=parameters,
         trained=sent,
+        pretrain_seconds=_pretrain_draws(study) * per_record / draws,
         train_seconds=per_record * batch * training.local_steps * training.rounds,
         generate_seconds=_seconds(sample_step) / records * evaluations * study.generation.images,
         megabytes=4 * (parameters + sent) * training.rounds / 1e6,
     )
+
+
+def _pretrain_draws(study: Study) -> int:
+    """Images that the public start is trained on, each as often as it is drawn."""
+    wanted = study.pretrain.source != "none" and study.training.rounds > 0
+    return study.pretrain.steps * study.pretrain.batch_size if wanted else 0
 
 
 def _seconds(step: Any) -> float:
@@ -111,12 +119,13 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
         total = epsilon_of(plan.losses(partition), delta=privacy.delta, accountant=privacy.accountant)
         lines.append(f"together, {partition + ' records:':<21}epsilon {total:.3f} of {privacy.epsilon:g}"
                      f" at delta {privacy.delta:g} ({privacy.accountant})")  # fmt: skip
-    minutes = (needs.train_seconds + needs.generate_seconds) / 60
+    minutes = (needs.pretrain_seconds + needs.train_seconds + needs.generate_seconds) / 60
     lines += [
         "",
         f"network     {needs.parameters:,} parameters, {needs.trained:,} of them trained at the sites",
-        f"time        about {minutes:.0f} min on this machine ({needs.train_seconds / 60:.1f} training, "
-        f"{needs.generate_seconds / 60:.1f} generating), and a few for start and validation",
+        f"time        about {minutes:.0f} min on this machine ({needs.pretrain_seconds / 60:.1f} pretraining, "
+        f"{needs.train_seconds / 60:.1f} training, {needs.generate_seconds / 60:.1f} generating), and a few for start "
+        "and validation",
         f"traffic     about {needs.megabytes:.0f} MB a site",
     ]
     return "\n".join(lines)
