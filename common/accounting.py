@@ -154,14 +154,18 @@ def plan_study(study: Study) -> StudyPlan:
     """
     privacy, training, validation = study.privacy, study.training, study.validation
     counts = _calibrate(
-        MechanismPlan("counts", "train", 1.0, 1.0, 1, 1, 1.0), (), privacy.epsilon * privacy.counts_share, study
+        MechanismPlan("counts", "train", 1.0, 1.0, 1, 1, 1.0),
+        (),
+        privacy.epsilon * privacy.counts_share,
+        study,
+        share=True,
     )
     reference = None
     if privacy.reference_share > 0:
         reference = _calibrate(
             MechanismPlan("reference", "train", 1.0, validation.reference_sample_rate, validation.reference_steps, 1,
                           training.max_grad_norm),  # fmt: skip
-            (), privacy.epsilon * privacy.reference_share, study,
+            (), privacy.epsilon * privacy.reference_share, study, share=True,
         )  # fmt: skip
     spent = [plan.whole_loss for plan in (counts, reference) if plan is not None]
     moments, train = None, None
@@ -169,7 +173,7 @@ def plan_study(study: Study) -> StudyPlan:
         share, beside = (privacy.moments_share, []) if training.rounds else (1.0, spent)
         moments = _calibrate(
             MechanismPlan("moments", "train", 1.0, 1.0, MOMENTS_STEPS, 1, 1.0), tuple(beside), privacy.epsilon * share,
-            study,
+            study, share=training.rounds > 0,
         )  # fmt: skip
         spent.append(moments.whole_loss)
     if training.rounds:
@@ -187,9 +191,17 @@ def plan_study(study: Study) -> StudyPlan:
     return StudyPlan(counts, moments, train, reference, evaluate)
 
 
-def _calibrate(plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: float, study: Study) -> MechanismPlan:
-    """The plan with the smallest noise (to 0.2 %, rounded up) at which it, composed with `beside`, costs ≤ epsilon."""
+def _calibrate(
+    plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: float, study: Study, *, share: bool = False
+) -> MechanismPlan:
+    """The plan with the smallest noise (to 0.2 %, rounded up) at which it, composed with `beside`, costs ≤ epsilon.
+
+    Args:
+        share: epsilon is a stage's share, so that PRV is asked, whatever the study's own accountant: below epsilon 0.1
+            RDP has no answer. The whole is held to the study's epsilon by its own accountant all the same.
+    """
     privacy = study.privacy
+    accountant = "prv" if share else privacy.accountant
 
     def cost(sigma: float, accountant: str) -> float:
         try:
@@ -198,7 +210,7 @@ def _calibrate(plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: fl
         except BudgetError:
             return math.inf
 
-    least = cost(LARGEST_NOISE, privacy.accountant)
+    least = cost(LARGEST_NOISE, accountant)
     if least > epsilon:
         raise BudgetError(
             f"epsilon {epsilon:.4g} is out of reach for '{plan.name}' with {plan.steps * plan.releases} steps at "
@@ -209,12 +221,12 @@ def _calibrate(plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: fl
         )
     # The cheap RDP bound brackets the answer; PRV is slow, so it only refines.
     high = _bisect(LEAST_NOISE, LARGEST_NOISE, lambda sigma: cost(sigma, "rdp") <= epsilon, 0.01)
-    while cost(high, privacy.accountant) > epsilon:
+    while cost(high, accountant) > epsilon:
         high = min(high * 1.3, LARGEST_NOISE)
     low = high
-    while low > LEAST_NOISE and cost(low, privacy.accountant) <= epsilon:
+    while low > LEAST_NOISE and cost(low, accountant) <= epsilon:
         high, low = low, low * 0.9
-    sigma = _bisect(low, high, lambda s: cost(s, privacy.accountant) <= epsilon, 0.002)
+    sigma = _bisect(low, high, lambda s: cost(s, accountant) <= epsilon, 0.002)
     return replace(plan, noise_multiplier=sigma)
 
 

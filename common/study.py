@@ -114,6 +114,9 @@ class FederationConfig(Settings):
 
 class GenerationConfig(Settings):
     images: int = Field(default=1000, ge=2, le=1_000_000)
+    balance: Literal["counts", "even"] = Field(
+        default="counts", description="classes in proportion to the private counts, or as many of each"
+    )
     sampler: Literal["ancestral", "ddim", "dpm-solver++"] = "dpm-solver++"
     steps: int = Field(default=20, ge=2, le=4000)
     guidance: float = Field(

@@ -20,6 +20,7 @@ def generate(session: Session, state: Checkpoint) -> ImageSet:
     """Sample the set; a resumed run takes up the finished batches."""
     study = session.agreement.study
     counts = np.sum([member.counts for member in session.members.values()], axis=0)
+    counts = np.ones_like(counts) if study.generation.balance == "even" else counts
     labels = planned_labels(counts.tolist(), study.generation.images, seed=study.study.seed)
     kept = session.folder.result("generate")
     if kept is not None:  # the classes were settled then, whoever is enrolled now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -239,3 +241,22 @@ def test_rows_that_fill_a_batch_add_nothing():
     torch.testing.assert_close(with_fill.losses, plain.losses)
     assert len(with_fill.norms) == 3
     assert with_fill.nonfinite == 0
+
+
+@pytest.mark.parametrize("chosen", [r"bias$", r"^head\.weight$", r"^head|bias$|^label", r"position|qkv\.weight"])
+def test_of_chosen_parameters_norm_and_sum_are_those_of_the_loop_over_just_these(chosen):
+    """The norm is that of what is trained; what is not, has no gradient and takes no part in the clipping."""
+    net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float64)
+    x, y, made = batch(4, size=16, channels=1, draws=2, dtype=torch.float64)
+    slow = {name: g for name, g in looped_gradients(net, x, y, made).items() if re.search(chosen, name)}
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in slow)
+    limit = float(norms(slow).median())
+    clipped = _sum(net, x, y, made, max_grad_norm=limit)
+    assert set(clipped.gradients) == set(slow)
+    torch.testing.assert_close(clipped.norms, norms(slow), rtol=1e-9, atol=0.0)
+    factors = (limit / norms(slow)).clamp(max=1.0)
+    for name, expected in slow.items():
+        wanted = (expected * factors.view(-1, *[1] * (expected.dim() - 1))).sum(dim=0)
+        torch.testing.assert_close(clipped.gradients[name], wanted, rtol=1e-8, atol=1e-10)
+    assert [p.requires_grad for _, p in net.named_parameters()] == [n in slow for n, _ in net.named_parameters()]

@@ -69,9 +69,31 @@ def test_the_whole_study_stays_at_or_just_below_its_epsilon(accountant, epsilon)
     check_plan(study, plan)
 
 
-def test_a_plan_survives_json():
-    plan = plan_study(tiny_study())
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_plan_survives_json(rounds):
+    plan = plan_study(tiny_study(training={"rounds": rounds}))
     assert StudyPlan.from_json(plan.to_json()) == plan
+
+
+def test_without_a_round_the_moments_get_what_training_would_have_got():
+    study = tiny_study(training={"rounds": 0})
+    plan, usual = plan_study(study), plan_study(tiny_study())
+    assert plan.train is None
+    assert plan.moments.noise_multiplier < 0.7 * usual.moments.noise_multiplier
+    cost = epsilon_of(plan.losses("train"), delta=DELTA, accountant="rdp")
+    assert 0.97 * study.privacy.epsilon < cost <= study.privacy.epsilon
+    check_plan(study, plan)
+    with pytest.raises(BudgetError):
+        check_plan(study, usual)
+    with pytest.raises(BudgetError):
+        check_plan(tiny_study(), plan)
+
+
+def test_the_two_steps_of_the_moments_cost_what_one_of_sensitivity_sqrt_2_would():
+    moments = plan_study(tiny_study()).moments
+    together = epsilon_of([moments.whole_loss], delta=DELTA, accountant="prv")
+    joint = PrivacyLoss(moments.noise_multiplier / math.sqrt(2), 1.0, 1)
+    assert together == pytest.approx(epsilon_of([joint], delta=DELTA, accountant="prv"), abs=0.02)
 
 
 def test_an_impossible_budget_says_what_would_be_possible():
@@ -88,6 +110,9 @@ def test_an_impossible_budget_says_what_would_be_possible():
         lambda p: replace(p, train=replace(p.train, releases=p.train.releases + 5)),
         lambda p: replace(p, train=replace(p.train, sample_rate=p.train.sample_rate / 2)),
         lambda p: replace(p, counts=replace(p.counts, partition="holdout")),
+        lambda p: replace(p, moments=replace(p.moments, steps=1)),
+        lambda p: replace(p, moments=None),
+        lambda p: replace(p, train=None),
         lambda p: replace(p, evaluate=replace(p.evaluate, sensitivity=1.0)),
         lambda p: replace(p, counts=replace(p.counts, noise_multiplier=math.inf)),
     ],

@@ -41,6 +41,9 @@ def test_any_changed_setting_changes_the_hash():
         ("image_size = 16", "image_size = 18", "network.patch_size", "divide"),
         ("heads = [2, 2]", "heads = [3, 2]", "network.heads", "divide"),
         ("min_sites = 2", "min_sites = 9", "federation.min_sites", "larger than simulation.sites"),
+        ('step = "local"', 'step = "summed"', "training.local_steps", "must be 1"),
+        ("components = 4", "components = 16", "moments.components", "not fewer than the 16 px"),
+        ("rounds = 2", "rounds = -1", "training.rounds", "greater than or equal to 0"),
         ("[privacy]", "[privcy]", "privcy", "Did you mean 'privacy'?"),
         ("rounds = 2", "rounds = ", "study.toml", "not valid TOML"),
     ],
@@ -80,3 +83,13 @@ def test_no_override_text_escapes_as_another_kind_of_error(tmp_path_factory, tex
     path.write_text(tiny_toml())
     with contextlib.suppress(StudyError):  # any other error fails the test
         load_study(path, (text,))
+
+
+def test_a_study_that_would_learn_nothing_or_draw_what_cannot_be_drawn_is_refused(tmp_path):
+    for sections, field in (
+        ({"training": {"rounds": 0}, "privacy": {"moments_share": 0.0}}, "training.rounds"),
+        ({"data": {"image_size": 8, "channels": 1, "classes": ["a", "b"]}, "network": {"patch_size": 1}},
+         "pretrain.source"),
+    ):  # fmt: skip
+        with pytest.raises(StudyError, match=field):
+            tiny_study(**sections)

@@ -1,0 +1,79 @@
+"""One step of the optimizer on the sum of the sites' noisy gradients, and the public start before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ReplyError
+from common.model.diffusion_model import initial_weights, load_model
+from common.optimizer import Adam
+from server.federation.aggregation import mean_gradient
+from server.federation.screening import largest_sum_norm, screen_update
+from server.synthesis.pretrain import exact_prior, pretrained
+from support.studies import tiny_study
+
+STUDY = tiny_study()
+
+
+def test_the_common_gradient_is_the_sum_over_the_records_of_the_sites_that_answered():
+    sums = {"a": {"w": np.array([6.0], np.float32)}, "b": {"w": np.array([-2.0], np.float32)}}
+    mean = mean_gradient(sums, {"a": 3.0, "b": 5.0, "absent": 100.0})
+    np.testing.assert_allclose(mean["w"], [0.5])
+
+
+def test_an_optimizer_that_is_stopped_and_taken_up_makes_the_same_steps():
+    gradients = [{"w": torch.tensor([1.0, -2.0, 0.5]) * scale} for scale in (1, 3, -2, 0.1)]
+    one, two = torch.zeros(3), torch.zeros(3)
+    whole = Adam({"w": one}, learning_rate=0.1)
+    state = {}
+    for gradient in gradients:
+        whole.step(gradient)
+        part = Adam({"w": two}, learning_rate=0.1)
+        if state:
+            part.load(state)
+        part.step(gradient)
+        state = {name: array.copy() for name, array in part.state().items()}
+    torch.testing.assert_close(one, two)
+    assert int(state["steps"][0]) == 4
+
+
+@pytest.mark.parametrize("records", [1, 40])
+def test_an_honest_noisy_sum_passes_the_door_and_a_tenfold_one_does_not(records):
+    rng = np.random.default_rng(0)
+    bound = largest_sum_norm(records=records, max_grad_norm=0.1, noise_std=0.05, numbers=2000)
+    for _ in range(200):
+        honest = (0.05 * rng.standard_normal(2000)).astype(np.float32)
+        honest[0] += 0.1 * (records + 3 * records**0.5)  # all records pull one way, and there are more than expected
+        screen_update({"w": honest}, expected={"w": (2000,)}, largest_norm=bound, loss=0.0)
+    with pytest.raises(ReplyError, match="over the bound"):
+        screen_update({"w": 10 * bound * np.eye(1, 2000, dtype=np.float32)[0]}, expected={"w": (2000,)},
+                      largest_norm=bound, loss=0.0)  # fmt: skip
+
+
+def test_the_public_start_is_made_once_from_the_seed_and_a_spoilt_one_anew(tmp_path):
+    file, seen = tmp_path / "pretrained.safetensors", []
+    first = pretrained(STUDY, file, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 2)]
+    again = pretrained(STUDY, file, on_step=lambda *_: seen.append("again"))
+    assert seen == [(2, 2)]
+    elsewhere = pretrained(STUDY, tmp_path / "other")
+    file.write_bytes(file.read_bytes()[:100])
+    mended = pretrained(STUDY, file)
+    for name, array in first.items():
+        for other in (again, elsewhere, mended):
+            np.testing.assert_allclose(other[name], array, atol=1e-6, err_msg=name)
+    start = initial_weights(STUDY)
+    assert any(not np.array_equal(first[name], start[name]) for name in start if name.startswith("swin."))
+
+
+def test_the_prior_of_the_phantoms_is_not_the_public_one():
+    from common.phantoms import public_phantoms
+
+    images = public_phantoms("radiology", STUDY.data, 128, seed=0)
+    prior = exact_prior(STUDY, images)
+    assert np.abs(prior.means).max() > 0.01
+    model = load_model(STUDY, initial_weights(STUDY))
+    assert not torch.tensor(prior.means).isnan().any()
+    assert float(model.prior.means.abs().max()) == 0.0
