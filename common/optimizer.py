@@ -18,12 +18,19 @@ from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.messages import Arrays
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
+FLOOR = 0.3  # of the noise: a coordinate that is noise alone would move without bound
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015, algorithm 1) over named parameters."""
+    """Adam (Kingma and Ba 2015, algorithm 1) over named parameters.
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], *, learning_rate: float) -> None:
+    Args:
+        noise_std: of the noise in each gradient number, public. Its square is taken off the second moment (Tang, Shpilevskiy
+            and Lecuyer 2024, "DP-AdamBC"), down to FLOOR² of it; 0 = plain Adam.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], *, learning_rate: float, noise_std: float = 0.0) -> None:
+        self._noise_std = noise_std
         self._parameters = dict(parameters)
         self._rate = learning_rate
         self._steps = 0
@@ -39,7 +46,8 @@ class Adam:
             gradient = gradients[name].to(parameter.dtype)
             self._first[name].lerp_(gradient, 1 - BETA1)
             self._second[name].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            scale = (self._second[name] / correct2).sqrt_().add_(EPSILON)
+            signal = (self._second[name] / correct2 - self._noise_std**2).clamp_(min=(FLOOR * self._noise_std) ** 2)
+            scale = signal.sqrt_().add_(EPSILON)
             parameter.addcdiv_(self._first[name], scale, value=-self._rate / correct1)
 
     def state(self) -> Arrays:

@@ -58,6 +58,9 @@ class DiffusionConfig(Settings):
     timesteps: int = Field(default=1000, ge=10, le=4000)
     noise_multiplicity: int = Field(default=2, ge=1, le=64, description="K draws of (t, noise) a record, averaged")
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
+    weighting: Literal["velocity", "min-snr"] = Field(
+        default="velocity", description="of the loss over time steps; min-snr turns from the nearly clean ones"
+    )
 
 
 class MomentsConfig(Settings):
@@ -88,6 +91,9 @@ class TrainingConfig(Settings):
     sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a record, each step")
     max_grad_norm: float = Field(default=0.1, gt=0)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    second_moment: Literal["plain", "corrected"] = Field(
+        default="plain", description="Adam's; corrected = less the variance that the noise is known to add"
+    )
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="a local step")
     max_update_norm: float | None = Field(default=None, gt=0, description="L2; default: the bound that Adam implies")
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+MIN_SNR = 5.0  # as its authors advise
 
 
 class NoiseSchedule:
@@ -69,11 +72,17 @@ class DiffusionLoss:
 
     Args:
         noise_multiplicity: K.
+        weighting: "velocity", or "min-snr": times min(SNR, 5) / (SNR + 1), SNR = ā / (1 - ā), so that the nearly clean
+            steps, whose velocity is nearly all noise, do not outweigh the rest (Hang et al. 2023, eq. 7, for velocity).
         label_dropout: probability of training a draw on the null class (Ho and Salimans 2022).
         null_class: index of the null class.
     """
 
-    def __init__(self, schedule: NoiseSchedule, noise_multiplicity: int, label_dropout: float, null_class: int) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, noise_multiplicity: int, label_dropout: float, null_class: int, *,
+        weighting: Literal["velocity", "min-snr"] = "velocity",
+    ) -> None:  # fmt: skip
+        self.weighting = weighting
         self.schedule, self.draws_per_record = schedule, noise_multiplicity
         self.label_dropout, self.null_class = label_dropout, null_class
 
@@ -92,7 +101,11 @@ class DiffusionLoss:
         noisy = self.schedule.add_noise(x0, draws.noise, draws.t)
         labels = torch.where(draws.keep_label, y, self.null_class)
         wanted = self.schedule.velocity(x0, draws.noise, draws.t)
-        return (net(noisy, draws.t, labels) - wanted).square().flatten(1).mean(dim=1)
+        squares = (net(noisy, draws.t, labels) - wanted).square().flatten(2).mean(dim=2)
+        if self.weighting == "min-snr":
+            a = self.schedule.alphas_bar[draws.t]
+            squares = squares * ((a / (1 - a)).clamp(max=MIN_SNR) * (1 - a)).to(squares.dtype)
+        return squares.mean(dim=1)
 
     def __call__(self, net: nn.Module, x0: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
         """`losses` with fresh draws."""

@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -75,7 +76,12 @@ def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
     weights_by_site = {member.site: member.weight for member in session.members.values()}
     total = sum(weights_by_site[site] for site in updates)
     if study.training.step == "summed":
-        weights, optimizer = _summed_step(study, state, mean_gradient(updates, batches))
+        weights, optimizer = _summed_step(
+            session,
+            state,
+            mean_gradient(updates, batches),
+            noise_std=_noise_std(session, [batches[s] for s in updates]),
+        )
     else:
         weights, optimizer = apply(state.weights, average(updates, weights_by_site)), {}
     steps = study.training.local_steps
@@ -98,10 +104,21 @@ def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
     return Checkpoint(number, weights, ema, [*state.rows, row], optimizer)
 
 
-def _summed_step(study: Study, state: Checkpoint, gradient: Arrays) -> tuple[Arrays, Arrays]:
+def _noise_std(session: Session, batches: list[float]) -> float:
+    """Standard deviation of the noise in each number of the sites' common gradient."""
+    plan = session.agreement.plan.train
+    assert plan is not None
+    return plan.noise_multiplier * plan.sensitivity * math.sqrt(len(batches)) / sum(batches)
+
+
+def _summed_step(session: Session, state: Checkpoint, gradient: Arrays, *, noise_std: float) -> tuple[Arrays, Arrays]:
     """(weights, optimizer's state) after one step of Adam on the sites' common gradient; post-processing."""
+    training = session.agreement.study.training
     trained = {name: torch.from_numpy(state.weights[name].copy()) for name in gradient}
-    adam = Adam(trained, learning_rate=study.training.learning_rate)
+    adam = Adam(
+        trained, learning_rate=training.learning_rate,
+        noise_std=noise_std if training.second_moment == "corrected" else 0.0,
+    )  # fmt: skip
     if state.optimizer:
         adam.load(state.optimizer)
     adam.step({name: torch.from_numpy(part) for name, part in gradient.items()})

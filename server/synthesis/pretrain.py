@@ -45,8 +45,9 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
     model = load_model(study, with_prior(initial_weights(study), exact_prior(study, images)))
     net, x, y = model, to_unit(images.images), torch.from_numpy(images.labels)
     loss = DiffusionLoss(
-        NoiseSchedule(study.diffusion.timesteps), 1, study.diffusion.label_dropout, len(study.data.classes)
-    )
+        NoiseSchedule(study.diffusion.timesteps), 1, study.diffusion.label_dropout, len(study.data.classes),
+        weighting=study.diffusion.weighting,
+    )  # fmt: skip
     noise = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.swin.parameters(), lr=config.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.learning_rate / 20)

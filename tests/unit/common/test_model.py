@@ -181,3 +181,20 @@ def test_the_same_seed_gives_the_same_images():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+def test_min_snr_weighs_each_draw_by_its_capped_signal_to_noise():
+    """A network that is wrong by 1 everywhere: the loss is the weight itself, min(SNR, 5) / (SNR + 1)."""
+    schedule = NoiseSchedule(100)
+    plain = DiffusionLoss(schedule, 4, 0.0, 2)
+    weighted = DiffusionLoss(schedule, 4, 0.0, 2, weighting="min-snr")
+    x = torch.zeros(3, 1, 8, 8)
+    draws = plain.draw(3, (1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    wanted = schedule.velocity(x[:, None], draws.noise, draws.t)
+    wrong = lambda *_: wanted + 1.0
+    snr = schedule.alphas_bar[draws.t] / (1 - schedule.alphas_bar[draws.t])
+    expected = (snr.clamp(max=5.0) / (snr + 1)).mean(dim=1)
+    torch.testing.assert_close(plain.losses(wrong, x, torch.zeros(3, dtype=torch.int64), draws), torch.ones(3))
+    got = weighted.losses(wrong, x, torch.zeros(3, dtype=torch.int64), draws)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+    assert (expected < 1).all()

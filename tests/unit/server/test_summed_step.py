@@ -77,3 +77,17 @@ def test_the_prior_of_the_phantoms_is_not_the_public_one():
     model = load_model(STUDY, initial_weights(STUDY))
     assert not torch.tensor(prior.means).isnan().any()
     assert float(model.prior.means.abs().max()) == 0.0
+
+
+def test_the_corrected_second_moment_is_that_of_the_signal():
+    """A coordinate with signal under known noise moves as far as without noise; plain Adam does not."""
+    rng, moved = np.random.default_rng(0), {}
+    for name, noise_std in (("corrected", 0.5), ("plain", 0.0)):
+        weight = torch.zeros(2000)
+        adam = Adam({"w": weight}, learning_rate=0.01, noise_std=noise_std)
+        for _ in range(300):
+            noisy = 0.25 + 0.5 * rng.standard_normal(2000)
+            adam.step({"w": torch.from_numpy(noisy)})
+        moved[name] = -float(weight.mean())
+    assert moved["corrected"] == pytest.approx(3.0, rel=0.2)
+    assert moved["plain"] < 0.6 * moved["corrected"]
