@@ -25,8 +25,8 @@ class Adam:
     """Adam (Kingma and Ba 2015, algorithm 1) over named parameters.
 
     Args:
-        noise_std: of the noise in each gradient number, public. Its square is taken off the second moment (Tang, Shpilevskiy
-            and Lecuyer 2024, "DP-AdamBC"), down to FLOOR² of it; 0 = plain Adam.
+        noise_std: of the noise in each gradient number, public. Its square is taken off the second moment (Tang,
+            Shpilevskiy and Lecuyer 2024, "DP-AdamBC"), down to FLOOR² of it; 0 = plain Adam.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], *, learning_rate: float, noise_std: float = 0.0) -> None:
