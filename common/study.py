@@ -184,6 +184,8 @@ class Study(Settings):
             raise ValueError(f"moments.components: not fewer than the {side} px of a side")
         if self.training.step == "summed" and self.training.local_steps != 1:
             raise ValueError('training.local_steps: must be 1 where training.step is "summed"')
+        if self.training.second_moment == "corrected" and self.training.step != "summed":
+            raise ValueError('training.second_moment: "corrected" goes with training.step "summed" only')
         if self.training.rounds == 0 and self.privacy.moments_share == 0:
             raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
         if self.pretrain.source == "phantoms" and not 16 <= side <= 128:

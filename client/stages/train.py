@@ -18,7 +18,7 @@ import torch
 from client.privacy.gate import Gate, Permit, Released
 from client.privacy.grad_sample import ClippedSum, bytes_per_record, clipped_gradient_sum, filled, physical_batch_for
 from client.site import Site
-from common.accounting import LOSS_SHARE, MechanismPlan
+from common.accounting import LOSS_SHARE
 from common.errors import BudgetError, ReplyError
 from common.files import append_line
 from common.images import to_unit
@@ -53,7 +53,7 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
             total_loss, adam = float(noisy.pop("loss")), None
             arrays = {name: part.float().numpy() for name, part in noisy.items()}
         else:
-            arrays, total_loss, adam = _local_steps(site, study, model, step, plan, request.expected_batch)
+            arrays, total_loss, adam = _local_steps(site, study, model, step, plan.steps, request.expected_batch)
         reply = TrainReply(
             site=site.config.name,
             round=request.round,
@@ -71,19 +71,15 @@ def train(site: Site, gate: Gate, request: TrainRequest) -> Released[TrainReply]
 
 
 def _local_steps(
-    site: Site, study: Study, model: DiffusionModel, step: _Step, plan: MechanismPlan, expected_batch: float
+    site: Site, study: Study, model: DiffusionModel, step: _Step, steps: int, expected_batch: float
 ) -> tuple[Arrays, float, Adam]:
-    """(change of the weights, sum of the noisy losses, optimizer) after the plan's steps at the site."""
+    """(change of the weights, sum of the noisy losses, optimizer) after `steps` steps at the site."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
-    noise_std = plan.noise_multiplier * plan.sensitivity / expected_batch
-    adam = Adam(
-        trained, learning_rate=study.training.learning_rate,
-        noise_std=noise_std if study.training.second_moment == "corrected" else 0.0,
-    )  # fmt: skip
+    adam = Adam(trained, learning_rate=study.training.learning_rate)
     adam.restore(_moments_file(site, study))
     total_loss = 0.0
-    for _ in range(plan.steps):
+    for _ in range(steps):
         noisy = step.noisy_sum()
         total_loss += float(noisy.pop("loss"))
         adam.step({name: part / expected_batch for name, part in noisy.items()})

@@ -39,7 +39,7 @@ def moments(session: Session) -> None:
             study, session.folder.path / "checkpoints" / "pretrained.safetensors",
             on_step=lambda done, total: session.progress.step("pretrain", done, total, "steps"),
         )  # fmt: skip
-    weights = weights if prior is None else with_prior(weights, prior)
+    weights = weights if prior is None else with_prior(weights, prior)  # else the phantoms' own, or the public one
     copy = {name: array.copy() for name, array in weights.items()}
     session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
 

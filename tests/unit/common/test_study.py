@@ -42,6 +42,7 @@ def test_any_changed_setting_changes_the_hash():
         ("heads = [2, 2]", "heads = [3, 2]", "network.heads", "divide"),
         ("min_sites = 2", "min_sites = 9", "federation.min_sites", "larger than simulation.sites"),
         ('step = "local"', 'step = "summed"', "training.local_steps", "must be 1"),
+        ('second_moment = "plain"', 'second_moment = "corrected"', "training.second_moment", "summed"),
         ("components = 4", "components = 16", "moments.components", "not fewer than the 16 px"),
         ("rounds = 2", "rounds = -1", "training.rounds", "greater than or equal to 0"),
         ("[privacy]", "[privcy]", "privcy", "Did you mean 'privacy'?"),
