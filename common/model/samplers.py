@@ -21,7 +21,7 @@ Denoiser = Callable[[Tensor, int], Tensor]  # (x_t, t) -> predicted x_0, clamped
 
 @torch.no_grad()
 def sample(
-    net: nn.Module, labels: Tensor, *, shape: tuple[int, int, int], schedule: NoiseSchedule,
+    net: nn.Module, labels: Tensor, *, null_label: int, shape: tuple[int, int, int], schedule: NoiseSchedule,
     config: GenerationConfig, generator: torch.Generator, clip: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Sample one image a label.
@@ -29,6 +29,7 @@ def sample(
     Args:
         net: predictor of the velocity (`NoiseSchedule.velocity`) on (n, 1, C, H, W).
         labels: int64 (n,).
+        null_label: the network's label for an image of unknown class, which guidance pushes away from.
         shape: (C, H, W).
         config: sampler, steps and guidance weight w: (1 + w)·conditional - w·unconditional (Ho and Salimans 2022).
         clip: predicted images are clamped to [-clip, clip].
@@ -41,9 +42,16 @@ def sample(
     times = spread(schedule, min(config.steps, schedule.timesteps))
     x = torch.randn(len(labels), *shape, generator=generator)
 
+    def velocity(x: Tensor, t: int) -> Tensor:
+        conditional = _velocity(net, x, t, labels)
+        if config.guidance == 0:
+            return conditional
+        unconditional = _velocity(net, x, t, torch.full_like(labels, null_label))
+        return (1 + config.guidance) * conditional - config.guidance * unconditional
+
     def denoise(x: Tensor, t: int) -> Tensor:
         a = schedule.alphas_bar[t]
-        x0 = a.sqrt() * x.double() - (1 - a).sqrt() * _velocity(net, x, t, labels, config.guidance).double()
+        x0 = a.sqrt() * x.double() - (1 - a).sqrt() * velocity(x, t).double()
         return x0.clamp(-clip, clip).float()
 
     if config.sampler == "dpm-solver++":
@@ -67,20 +75,9 @@ def _even_in_lambda(schedule: NoiseSchedule, steps: int) -> list[int]:
     return sorted({int((lam - value).abs().argmin()) for value in wanted}, reverse=True)
 
 
-def _velocity(net: nn.Module, x: Tensor, t: int, labels: Tensor, guidance: float) -> Tensor:
+def _velocity(net: nn.Module, x: Tensor, t: int, labels: Tensor) -> Tensor:
     times = torch.full((len(labels), 1), t, dtype=torch.int64)
-    conditional = net(x[:, None], times, labels[:, None])[:, 0]
-    if guidance == 0:
-        return conditional
-    null = torch.full_like(labels[:, None], _null_class(net))
-    return (1 + guidance) * conditional - guidance * net(x[:, None], times, null)[:, 0]
-
-
-def _null_class(net: nn.Module) -> int:
-    label = net.label
-    if not isinstance(label, nn.Embedding):
-        raise TypeError("guidance needs a network with a null class")
-    return label.num_embeddings - 1
+    return net(x[:, None], times, labels[:, None])[:, 0]
 
 
 def _ddpm_or_ddim(

@@ -87,7 +87,7 @@ def test_before_training_the_model_draws_what_the_prior_describes():
     model = load_model(study, with_prior(initial_weights(study), prior))
     labels = torch.arange(1200) % 2
     drawn = sample(
-        model, labels, shape=(1, 16, 16), schedule=NoiseSchedule(400),
+        model, labels, null_label=2, shape=(1, 16, 16), schedule=NoiseSchedule(400),
         config=GenerationConfig(sampler="dpm-solver++", steps=25), generator=torch.Generator().manual_seed(4), clip=9.0,
     ).double().numpy()  # fmt: skip
     for label in (0, 1):

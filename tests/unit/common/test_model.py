@@ -127,7 +127,6 @@ class _GaussianNet(nn.Module):
     def __init__(self, schedule, means, std):
         super().__init__()
         self.schedule, self.means, self.std = schedule, torch.tensor(means), std
-        self.label = nn.Embedding(len(means), 1)
 
     def forward(self, x, t, y):
         a = self.schedule.alphas_bar[t][..., None, None, None]
@@ -143,7 +142,7 @@ def test_each_sampler_draws_from_a_known_distribution_when_the_network_is_exact(
     net = _GaussianNet(schedule, [0.2, -0.3, 0.0], 0.15)
     labels = torch.tensor([0, 1]).repeat_interleave(60)
     images = sample(
-        net, labels, shape=(1, 8, 8), schedule=schedule, generator=torch.Generator().manual_seed(0),
+        net, labels, null_label=2, shape=(1, 8, 8), schedule=schedule, generator=torch.Generator().manual_seed(0),
         config=GenerationConfig(sampler=sampler, steps=steps, images=120),
     )  # fmt: skip
     assert images.shape == (120, 1, 8, 8)
@@ -162,7 +161,7 @@ def test_guidance_pushes_away_from_the_unconditional_mean():
 
     def mean(guidance):
         config = GenerationConfig(steps=20, guidance=guidance, images=40)
-        return sample(net, labels, shape=(1, 8, 8), schedule=schedule, config=config,
+        return sample(net, labels, null_label=2, shape=(1, 8, 8), schedule=schedule, config=config,
                       generator=torch.Generator().manual_seed(0)).mean().item()  # fmt: skip
 
     assert mean(2.0) > mean(0.0) + 0.1
@@ -176,8 +175,9 @@ def test_the_same_seed_gives_the_same_images():
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
         return sample(
-            net, torch.tensor([0, 1]), shape=(1, 28, 28), schedule=schedule, config=config, generator=generator
-        )
+            net, torch.tensor([0, 1]), null_label=2, shape=(1, 28, 28), schedule=schedule, config=config,
+            generator=generator,
+        )  # fmt: skip
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))

@@ -10,8 +10,9 @@ from PIL import Image
 
 from common.errors import CheckpointError
 from common.images import ImageSet, to_uint8, to_unit
-from common.model.diffusion_model import initial_weights
+from common.model.diffusion_model import initial_weights, space_of, with_prior
 from common.optimizer import largest_update_norm
+from common.prior import Prior
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moving_average
 from server.release.bundle import verify_checksums
@@ -60,6 +61,23 @@ def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
     again = generate(STUDY, ema, labels, tmp_path / "b")
     assert np.array_equal(whole.images, again.images)
     assert np.array_equal(load_generated(tmp_path / "b", labels, STUDY).images, whole.images)
+
+
+def test_guidance_uses_the_null_class_of_the_real_model(tmp_path):
+    """With guidance, images of a class move away from what the model draws of no class at all."""
+    guided = tiny_study(generation={"guidance": 3.0})
+    space = space_of(guided)
+    means = np.zeros((3, space.dimension))
+    means[0, 0], means[1, 0] = -0.2, 0.2  # darker and lighter than the mean of all
+    public = Prior.public(space, 2)
+    weights = with_prior(initial_weights(guided), Prior(space, means, public.covariances * 0.05, public.high * 0.05))
+    labels = np.array([0, 1] * 6)
+
+    def gap(study):
+        images = generate(study, weights, labels, tmp_path / f"{study.generation.guidance:g}").images
+        return images[labels == 1].mean() - images[labels == 0].mean()
+
+    assert gap(guided) > 1.5 * gap(tiny_study()) > 0
 
 
 def test_a_run_folder_never_overwrites_another(tmp_path):
