@@ -79,6 +79,7 @@ def explain(site: Site, study: Study, plan: StudyPlan, verdict: Verdict) -> str:
         study.study.description or "(the study gives no description)",
         "The hospitals of the study together train a model that draws artificial images of the classes "
         + ", ".join(study.data.classes) + ". The images it draws, the model and a report will be released.",
+        *_public_set(study),
     ])  # fmt: skip
     lines += _section("What it uses here", [
         f"{sum(site.report.train_counts)} training images ({_by_class(study, site.report.train_counts)}) and "
@@ -105,6 +106,15 @@ def explain(site: Site, study: Study, plan: StudyPlan, verdict: Verdict) -> str:
         "Name ______________________________   Date ______________   Signature ______________________________",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _public_set(study: Study) -> Iterator[str]:
+    if study.pretrain.sha256 is not None:
+        yield (
+            "Before it asks any hospital, the coordinator trains the model on images that it holds to be public: a file "
+            f"with SHA-256 {study.pretrain.sha256}. People in that file are not protected. Ask whose images these are, "
+            "and whether any are from here."
+        )
 
 
 def _leaving(study: Study, plan: StudyPlan) -> Iterator[str]:

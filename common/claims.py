@@ -142,6 +142,7 @@ class Claim:
         begun: date on which the run began, ISO 8601.
         ended: date from which on no site was asked anything any more; "" in both = not known.
         tuning: what was paid for choosing the study's settings.
+        public_sha256: of the public image set that the network learnt from first; "" = none but phantoms.
     """
 
     study: str
@@ -160,6 +161,7 @@ class Claim:
     begun: str = ""
     ended: str = ""
     tuning: str = NO_TUNING_CHARGED
+    public_sha256: str = ""
 
     def __post_init__(self) -> None:
         figures = [value for s in self.sites for value in (s.epsilon_train, s.epsilon_holdout)]
@@ -284,6 +286,9 @@ class Claim:
             f"delta {self.delta_sum:g}." if several else "",
             f"Each site's ledger enforces the ceiling of epsilon {self.epsilon_ceiling:g} for this study; what other "
             "studies on the same records cost is not in these figures.",
+            f"The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
+            f"{self.public_sha256[:16]}…): whoever is in them is not covered by these figures." if self.public_sha256
+            else "",
             f"Losses are added up by Opacus's {self.accountant.upper()} accountant over every noisy answer that was "
             "begun, whether or not it was finished.",
         )  # fmt: skip

@@ -70,10 +70,14 @@ class MomentsConfig(Settings):
 
 
 class PretrainConfig(Settings):
-    """The server's training on drawn images before the first round: public, so it costs no privacy."""
+    """The server's training on public images before the first round: no site's, so it costs no privacy."""
 
-    source: Literal["phantoms", "none"] = "phantoms"
-    images: int = Field(default=4000, ge=64, le=1_000_000)
+    source: Literal["phantoms", "npz", "none"] = Field(
+        default="phantoms", description="npz = a public set in a file at the server; its own people are not protected"
+    )
+    path: str | None = Field(default=None, min_length=1, description="the public set, in MedMNIST's layout")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of that file")
+    images: int = Field(default=4000, ge=64, le=1_000_000, description="phantoms drawn; of a public set all are taken")
     steps: int = Field(default=400, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
@@ -188,6 +192,9 @@ class Study(Settings):
             raise ValueError('training.second_moment: "corrected" goes with training.step "summed" only')
         if self.training.rounds == 0 and self.privacy.moments_share == 0:
             raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
+        for name in ("path", "sha256"):
+            if (getattr(self.pretrain, name) is not None) != (self.pretrain.source == "npz"):
+                raise ValueError(f'pretrain.{name}: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.source == "phantoms" and not 16 <= side <= 128:
             raise ValueError(f"pretrain.source: phantoms are drawn at 16 to 128 px, not {side}")
         if len(set(self.data.classes)) != len(self.data.classes):

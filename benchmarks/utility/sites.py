@@ -5,18 +5,13 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-
-import numpy as np
 
 from client.data.npz import NpzConfig, read_npz
 from client.data.splits import Splits
-from common.errors import DataError
 from common.images import ImageSet
+from common.npz import opened, read_partition
 from common.study import DataConfig, Study
-
-_SPOILT = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def site_config(study: Study, data: Path, index: int) -> NpzConfig:
@@ -60,19 +55,5 @@ def synthetic_set(file: Path, schema: DataConfig) -> ImageSet:
 
 
 def _read(file: Path, part: str, schema: DataConfig) -> ImageSet:
-    where = f"{file}: {part}_images"
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            images, labels = archive[f"{part}_images"], archive[f"{part}_labels"]
-    except _SPOILT as error:
-        raise DataError(f"cannot be read ({error})", where=where, remedy="Is the file whole?") from error
-    images = images[..., None] if images.ndim == 3 else images
-    labels = labels[:, None] if labels.ndim == 1 else labels
-    side, classes = schema.image_size, len(schema.classes)
-    fits = images.dtype == np.uint8 and images.shape[1:] == (side, side, schema.channels)
-    if not fits or labels.shape != (len(images), 1) or not len(images) or labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"{images.dtype} images {images.shape} with labels {labels.shape} do not fit the study", where=where,
-            remedy=f"uint8 images of {side}×{side} px with {schema.channels} channel(s) and {classes} classes needed.",
-        )  # fmt: skip
-    return ImageSet(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels[:, 0].astype(np.int64))
+    with opened(file) as archive:
+        return read_partition(archive, part, file, schema)

@@ -33,13 +33,16 @@ def moments(session: Session) -> None:
         return
     prior = None if session.agreement.plan.moments is None else _ask(session)
     weights = initial_weights(study)
-    if study.pretrain.source == "phantoms" and study.training.rounds:
-        session.progress.stage("pretrain", f"{study.pretrain.steps} steps on {study.pretrain.images} drawn phantoms")
+    if study.pretrain.source != "none" and study.training.rounds:
+        kind = (
+            "drawn phantoms" if study.pretrain.source == "phantoms" else f"the public images of {study.pretrain.path}"
+        )
+        session.progress.stage("pretrain", f"{study.pretrain.steps} steps on {kind}")
         weights = pretrained(
             study, session.folder.path / "checkpoints" / "pretrained.safetensors",
             on_step=lambda done, total: session.progress.step("pretrain", done, total, "steps"),
         )  # fmt: skip
-    weights = weights if prior is None else with_prior(weights, prior)  # else the phantoms' own, or the public one
+    weights = weights if prior is None else with_prior(weights, prior)  # else what is public
     copy = {name: array.copy() for name, array in weights.items()}
     session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
 

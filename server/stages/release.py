@@ -111,6 +111,7 @@ def claim_of(session: Session) -> Claim:
         ),
         sites=tuple(sorted(sites, key=lambda claim: claim.site)), unprotected=UNPROTECTED, libraries=_libraries(),
         begun=_date(events, event="begin"), ended=_date(events, event="stage", stage="release"),
+        public_sha256=(study.pretrain.sha256 or "") if study.training.rounds else "",
     )  # fmt: skip
 
 

@@ -72,8 +72,13 @@ def generate(
             generator = torch.Generator().manual_seed(study.study.seed * 1_000_003 + number)
             part = to_uint8(
                 sample(
-                    net, torch.from_numpy(wanted), null_label=len(study.data.classes), shape=shape,
-                    schedule=schedule, config=study.generation, generator=generator,
+                    net,
+                    torch.from_numpy(wanted),
+                    null_label=len(study.data.classes),
+                    shape=shape,
+                    schedule=schedule,
+                    config=study.generation,
+                    generator=generator,
                 )  # fmt: skip
             )
             buffer = io.BytesIO()

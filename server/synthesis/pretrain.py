@@ -1,9 +1,9 @@
-"""The network's public start: trained on drawn phantoms of the study's modality; reads nothing of any site.
+"""The network's public start: trained on public images of the study's kind; reads nothing of any site.
 
 SPDX-License-Identifier: Apache-2.0
 
 What it learns is how images of this kind differ from the Gaussian of the same moments: edges, flat areas, saturation.
-So it is trained beside the phantoms' own Gaussian, and later stands beside that of the private moments.
+So it is trained beside the public images' own Gaussian, and later stands beside that of the private moments.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from common.messages import Arrays
 from common.model.diffusion import DiffusionLoss, NoiseSchedule
 from common.model.diffusion_model import initial_weights, load_model, space_of, with_prior
 from common.moments import class_means, class_sums, spread_sums
-from common.phantoms import public_phantoms
 from common.prior import Prior
 from common.study import Study
+from server.synthesis.public_set import public_images
 
 _REPORT_EVERY = 20
 
@@ -33,6 +33,9 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
 
     Args:
         on_step: called with (steps done, steps in all) now and then.
+
+    Raises:
+        DataError: as `public_images` does.
     """
     try:
         weights = unpack_arrays(file.read_bytes(), where=str(file))
@@ -41,7 +44,7 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
     except (OSError, SynthwardError):
         pass  # not there, or cut off: made anew
     config, seed = study.pretrain, study.study.seed
-    images = public_phantoms(study.study.modality, study.data, config.images, seed=seed)
+    images = public_images(study)
     model = load_model(study, with_prior(initial_weights(study), exact_prior(study, images)))
     net, x, y = model, to_unit(images.images), torch.from_numpy(images.labels)
     loss = DiffusionLoss(

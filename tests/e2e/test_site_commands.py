@@ -91,6 +91,15 @@ def test_a_hospital_reads_approves_serves_looks_and_revokes(hospital, served):
     assert re.search(r"hospital-a: \d+ entries, unbroken; newest hash [0-9a-f]{64}", found)
 
 
+def test_explain_names_a_public_set_whose_people_are_not_protected(hospital):
+    public = {"source": "npz", "path": "public.npz", "sha256": "ab" * 32}
+    (hospital / "study.toml").write_text(tiny_toml(privacy={"unit": "patient"}, pretrain=public))
+    page = _site("explain", "site.toml", "study.toml", cwd=hospital)
+    assert page.returncode == 0, page.stderr
+    assert "ab" * 32 in page.stdout
+    assert "People in that file are not protected" in " ".join(page.stdout.split())
+
+
 def test_explain_says_no_where_the_policy_does_and_exits_with_3(hospital):
     text = (hospital / "site.toml").read_text()
     (hospital / "site.toml").write_text(text.replace("max_study_epsilon = 8.0", "max_study_epsilon = 2.0"))

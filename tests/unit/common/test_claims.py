@@ -58,6 +58,8 @@ def test_the_statement_carries_these_numbers_the_unit_and_the_trust_model():
         assert words in text
     assert "phantoms" not in text
     assert "phantoms" in replace(CLAIM, phantoms=True).statement()
+    assert "public" not in text.replace("the public, the coordinator", "")
+    assert "SHA-256 abababababababab…): whoever is in them" in replace(CLAIM, public_sha256="ab" * 32).statement()
 
 
 @pytest.mark.parametrize(
