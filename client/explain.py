@@ -111,8 +111,8 @@ def explain(site: Site, study: Study, plan: StudyPlan, verdict: Verdict) -> str:
 def _public_set(study: Study) -> Iterator[str]:
     if study.pretrain.sha256 is not None:
         yield (
-            "Before it asks any hospital, the coordinator trains the model on images that it holds to be public: a file "
-            f"with SHA-256 {study.pretrain.sha256}. People in that file are not protected. Ask whose images these are, "
+            "Before it asks any hospital, the coordinator trains the model on images that it holds to be public: a "
+            f"file with SHA-256 {study.pretrain.sha256}. People in it are not protected. Ask whose images these are, "
             "and whether any are from here."
         )
 

@@ -97,7 +97,7 @@ def test_explain_names_a_public_set_whose_people_are_not_protected(hospital):
     page = _site("explain", "site.toml", "study.toml", cwd=hospital)
     assert page.returncode == 0, page.stderr
     assert "ab" * 32 in page.stdout
-    assert "People in that file are not protected" in " ".join(page.stdout.split())
+    assert "People in it are not protected" in " ".join(page.stdout.split())
 
 
 def test_explain_says_no_where_the_policy_does_and_exits_with_3(hospital):
