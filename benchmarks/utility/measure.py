@@ -21,13 +21,13 @@ from benchmarks.utility.fidelity import FEWEST, Fidelity, fidelity
 from benchmarks.utility.sites import site_splits, synthetic_set, validation_split, whole
 from common.claims import Claim
 from common.errors import CheckpointError
-from common.files import read_json, sha256_file
+from common.files import read_json, sha256_file, unpack_arrays
 from common.images import ImageSet
 from common.metrics import Estimate, auc_from_counts
 from common.model.classifier import BiomarkerClassifier
 from common.study import Study
 
-RULER = 1  # raise it with every change of how a figure is made: rows of another ruler are measured anew
+RULER = 2  # raise it with every change of how a figure is made: rows of another ruler are measured anew
 _SEED = 0
 _REPLICATES = 1000
 _CONFIDENCE = 0.95
@@ -48,15 +48,14 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
 
     Raises:
         CheckpointError: the run is not finished, or is of another study.
+        ReplyError: its classifier is of another network.
         DataError: the released images or the real ones cannot be used.
     """
     released = released_figures(study, run)
     synthetic = synthetic_set(run / "synthetic" / "synthetic.npz", study.data)
     real = whole(data, study.data)
     teacher = real_classifier(real.train, study.data, steps=real_steps, cache=cache / _cache_name(data, real_steps))
-    student = BiomarkerClassifier.fit(
-        synthetic, classes=len(study.data.classes), channels=study.data.channels, config=study.validation, seed=_SEED
-    )
+    student = released_classifier(study, run)
     test, val = real.holdout, validation_split(data, study.data)
     auc, f1 = exact_figures(student.predict(test.images), test.labels)
     val_auc, val_f1 = exact_figures(student.predict(val.images), val.labels, replicates=0)
@@ -67,6 +66,22 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
         "real_auc": real_auc.value, "real_f1": real_f1.value,
         **_fidelity(study, data, synthetic, FeatureSpace.of(teacher, real.train)),
     }  # fmt: skip
+
+
+def released_classifier(study: Study, run: Path) -> BiomarkerClassifier:
+    """The classifier that the run trained on its synthetic images and had tested at the sites.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        ReplyError: it is of another network.
+    """
+    file = run / "checkpoints" / "classifier.safetensors"
+    if not file.is_file():
+        raise CheckpointError("no such file", where=str(file), remedy="Remove the run folder; it runs anew.")
+    return BiomarkerClassifier.from_state(
+        unpack_arrays(file.read_bytes(), where=str(file)), classes=len(study.data.classes),
+        channels=study.data.channels, image_size=study.data.image_size, backbone=study.validation.backbone,
+    )  # fmt: skip
 
 
 def released_figures(study: Study, run: Path) -> dict[str, Any]:
