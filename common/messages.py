@@ -109,7 +109,7 @@ class EnrolReply:
 
 @dataclass(frozen=True)
 class MomentsReply:
-    """Noisy sums, float64: arrays["means"] (classes, d), ["squares"] (d (d + 1) / 2,) and ["energies"] (bands,)."""
+    """Noisy sums, float64: "means" (classes, d), "squares" (d (d + 1) / 2,) and "energies" (classes, bands)."""
 
     stage: ClassVar[str] = "moments"
     site: str

@@ -6,12 +6,14 @@ N images, U units, K classes, C channels, S pixels a side, d low and h high coor
 
 An image is turned into DCT coefficients of its (opponent) colours, each multiplied by a public weight that grows with
 frequency as natural images fade with it (Field 1987), so that a clipping norm and noise fall on all frequencies alike.
-The lowest frequencies are the *low* coordinates, with means and covariances; of all others only energies are kept.
+The lowest frequencies are the *low* coordinates, with means a class and one covariance of all classes; what sets the
+classes' covariances apart is their energy by *band* (a third of an octave of one colour), over low and high ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.images import Units
+from common.study import Symmetry
 
 Floats = NDArray[np.float64]
 MEAN_REACH, SPREAD_REACH = 2.5, 2.0  # clipping norms, in units of a typical image's norm (1 by the public spectrum)
@@ -28,6 +31,7 @@ _CHROMA = 0.5  # of that, for the colour differences
 _WEIGHTING = 1.0  # weight (1 + i + j)^1: below the fading, so that low frequencies still count for more
 _HIGH_NORM = 0.5  # typical norm of an image's high coordinates
 _BANDS_PER_OCTAVE = 3
+SQUARES_PART, ENERGIES_PART = 0.8, 0.6  # how the two share one unit's norm: their squares sum to 1
 _OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
 
 
@@ -47,11 +51,13 @@ class Coordinates:
         size: S.
         channels: C, 1 or 3.
         components: lowest frequencies a side among the low coordinates; colour differences have half as many.
+        symmetry: changes of an image under which their distribution is the same, as far as the study knows.
     """
 
     size: int
     channels: int
     components: int
+    symmetry: Symmetry = "none"
 
     @cached_property
     def colours(self) -> NDArray[Any]:
@@ -90,10 +96,37 @@ class Coordinates:
 
     @cached_property
     def bands(self) -> NDArray[np.int64]:
-        """(h,): the band, from 0, of each high coordinate: by colour, and by octaves of frequency."""
+        """(C, S, S): the band, from 0, of each coordinate: by colour, thirds of octaves of frequency, low or high."""
         octave = (np.log2(self._radius) * _BANDS_PER_OCTAVE).astype(np.int64)
         colour = np.arange(self.channels)[:, None, None] * 1000
-        return np.unique((octave + colour)[~self.low], return_inverse=True)[1].astype(np.int64)
+        keys = octave + colour + 500 * self.low
+        return np.unique(keys, return_inverse=True)[1].reshape(self.low.shape).astype(np.int64)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Floats, ...], ...]:
+        """Parts of the low coordinates that images of this symmetry do not correlate: groups of bases, (d, m) each.
+
+        All bases together are orthonormal, and those of a group have the same covariance (Schur's lemma; Shah and
+        Chandrasekaran 2012). The first group is one basis, of the patterns that no change changes: a mean lies in it.
+        A mirror flips the sign of odd columns; a quarter turn also exchanges rows and columns.
+        """
+        if self.symmetry == "none":
+            return ((np.eye(self.dimension),),)
+        colour, row, column = np.nonzero(self.low)
+        if self.symmetry == "mirror":
+            return _some((np.eye(self.dimension)[:, column % 2 == odd],) for odd in (0, 1))
+        index = np.full(self.low.shape, -1)
+        index[colour, row, column] = np.arange(self.dimension)
+        swapped = np.eye(self.dimension)[:, index[colour, column, row]]
+        even, unit = np.stack([row, column]) % 2 == 0, np.eye(self.dimension)
+        alike, above = even[0] == even[1], row < column
+        sums = np.where(row == column, unit, (unit + swapped) / math.sqrt(2.0))
+        differences = (unit - swapped) / math.sqrt(2.0)
+        return _some(
+            [(sums[:, alike & (even[0] == kind) & (row <= column)],) for kind in (True, False)]
+            + [(differences[:, alike & (even[0] == kind) & above],) for kind in (True, False)]
+            + [(unit[:, even[0] & ~even[1]], swapped[:, even[0] & ~even[1]])]
+        )
 
     @property
     def dimension(self) -> int:
@@ -107,7 +140,13 @@ class Coordinates:
 
     @property
     def band_count(self) -> int:
-        return int(self.bands.max()) + 1 if len(self.bands) else 0
+        return int(self.bands.max()) + 1
+
+    def by_band(self, low: Floats, high: Floats) -> Floats:
+        """Sums over each band, (N, bands), of numbers of low (N, d) and high (N, h) coordinates."""
+        member = np.eye(self.band_count)[np.concatenate([self.bands[self.low], self.bands[~self.low]])]
+        sums: Floats = np.concatenate([low, high], axis=1) @ member
+        return sums
 
     def of(self, images: NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Images (N, C, S, S) -> low (N, d) and high (N, h) coordinates."""
@@ -117,10 +156,14 @@ class Coordinates:
         return weighted[:, self.low], weighted[:, ~self.low]
 
 
+def _some(groups: Iterable[tuple[Floats, ...]]) -> tuple[tuple[Floats, ...], ...]:
+    return tuple(group for group in groups if group[0].shape[1])
+
+
 @lru_cache(maxsize=16)
-def coordinates(size: int, channels: int, components: int) -> Coordinates:
+def coordinates(size: int, channels: int, components: int, symmetry: Symmetry = "none") -> Coordinates:
     """The same object for the same study, since its arrays are made once."""
-    return Coordinates(size, channels, components)
+    return Coordinates(size, channels, components, symmetry)
 
 
 def _clip(vectors: Floats) -> Floats:
@@ -138,16 +181,17 @@ def class_sums(units: Units, classes: int, space: Coordinates) -> Floats:
     return sums
 
 
-def class_means(sums: Floats, counts: Floats, *, noise_std: float) -> Floats:
+def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: float) -> Floats:
     """Class means (K, d) from noisy sums and noisy counts (K,), at least 1 each; post-processing.
 
-    Each is drawn towards the mean of all by the share of noise in it (James and Stein 1961): a rare class is mostly
-    noise.
+    What the mean of a symmetric distribution cannot have is left out. The rest of each mean is drawn towards the mean
+    of all by the share of noise in it (James and Stein 1961): a rare class is mostly noise.
     """
-    counts = np.maximum(counts, 1.0)
+    counts, still = np.maximum(counts, 1.0), space.blocks[0][0]
+    sums = sums @ still @ still.T
     overall = sums.sum(axis=0) / counts.sum()
     apart = sums / counts[:, None] - overall
-    noise = sums.shape[1] * (noise_std / counts) ** 2
+    noise = still.shape[1] * (noise_std / counts) ** 2
     keep = np.maximum(0.0, 1.0 - noise / np.maximum(np.square(apart).sum(axis=1), 1e-12))
     return (overall + keep[:, None] * apart) * MEAN_REACH
 
@@ -160,15 +204,17 @@ def spread_sums(units: Units, centres: Floats, space: Coordinates) -> dict[str, 
 
     Returns:
         "squares" (d (d + 1) / 2,): products of low coordinates, off-diagonal entries times sqrt(2), so that the norm
-        is that of the whole matrix; "energies" (bands,): squares of high coordinates by band. A clipped vector
-        (u, v) adds u uᵀ and parts of v²: its norm is at most sqrt(|u|⁴ + |v|⁴) ≤ |u|² + |v|² ≤ 1.
+        is that of the whole matrix; "energies" (K, bands): squares of all coordinates by class and band. With p and q
+        for SQUARES_PART and ENERGIES_PART, an image's clipped vector (u, v) adds p u uᵀ and q times parts of u² and v²:
+        of norm at most sqrt(p² |u|⁴ + q² (|u|² + |v|²)²) ≤ sqrt(p² + q²) = 1; a unit adds the mean of its images'.
     """
     low, high = space.of(units.images.images)
     clipped = _clip(np.concatenate([low - centres[units.images.labels], high], axis=1) / SPREAD_REACH)
     low, high = clipped[:, : space.dimension], clipped[:, space.dimension :]
-    weights = units.weights()
-    energies = np.bincount(space.bands, weights @ np.square(high), space.band_count).astype(np.float64)
-    return {"squares": pack((low * weights[:, None]).T @ low), "energies": energies}
+    weights = units.weights()[:, None]
+    energies = np.zeros((len(centres), space.band_count))
+    np.add.at(energies, units.images.labels, weights * space.by_band(np.square(low), np.square(high)))
+    return {"squares": SQUARES_PART * pack((low * weights).T @ low), "energies": ENERGIES_PART * energies}
 
 
 def pack(matrix: Floats) -> Floats:

@@ -13,20 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.moments import SPREAD_REACH, Coordinates, Floats, class_means, unpack
+from common.moments import ENERGIES_PART, SPREAD_REACH, SQUARES_PART, Coordinates, Floats, class_means, unpack
 
 _SMALLEST = 0.05  # of the median variance: noise may leave no variance at all
+_TYPICAL = 0.05  # squared, how far a class's mean factor is from 1 as a rule, and its factors from that mean
+_LEAST, _MOST = 0.2, 5.0  # of a class's factor in a band
 _STEEPEST = 0.95  # a direction keeps at least 5 % of the variance that its coordinates would have if independent
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Gaussian images: means a class, one covariance within classes.
+    """Gaussian images a class: its mean, and a covariance that is one for all classes but for the scale of each band.
 
     Attributes:
         means: (K + 1, d); the last is the mean of all, for an image of unknown class.
         covariances: (K + 1, d, d), of low coordinates; the last is that of all images.
-        high: (C, S, S), variance of each coordinate; 0 at the low ones.
+        high: (K + 1, C, S, S), variance of each coordinate; 0 at the low ones.
     """
 
     space: Coordinates
@@ -41,7 +43,7 @@ class Prior:
         covariance = np.diag(variances[space.low])
         return cls(
             space, np.zeros((classes + 1, space.dimension)), np.repeat(covariance[None], classes + 1, axis=0),
-            np.where(space.low, 0.0, variances),
+            np.repeat(np.where(space.low, 0.0, variances)[None], classes + 1, axis=0),
         )  # fmt: skip
 
     @classmethod
@@ -56,15 +58,56 @@ class Prior:
             noise_std: of each number in the sums.
         """
         counts = np.maximum(counts, 1.0)
-        shares, total = counts / counts.sum(), counts.sum()
-        means = class_means(sums, counts, noise_std=noise_std)
-        scale = SPREAD_REACH**2 / total
-        within = cleaned(unpack(squares, space.dimension) * scale, noise_std * scale)
+        shares, total, reach = counts / counts.sum(), counts.sum(), SPREAD_REACH**2
+        means = class_means(sums, counts, space, noise_std=noise_std)
+        scale = reach / total / SQUARES_PART
+        within = _symmetric(space, unpack(squares, space.dimension) * scale, noise_std * scale)
         overall = shares @ means
         apart = means - overall
         everything = within + (apart.T * shares) @ apart
-        covariances = np.concatenate([np.repeat(within[None], len(means), axis=0), everything[None]])
-        return cls(space, np.vstack([means, overall]), covariances, _spread(space, energies * scale))
+        energy = np.maximum(energies.sum(axis=0) * reach / total / ENERGIES_PART, 0.0)
+        high = _spread(space, energy)
+        factors = band_factors(energies, counts, noise_std=noise_std)
+        stretch = np.sqrt(factors[:, space.bands[space.low]])
+        covariances = np.concatenate([stretch[:, :, None] * within * stretch[:, None, :], everything[None]])
+        return cls(
+            space, np.vstack([means, overall]), covariances,
+            np.concatenate([high * factors[:, space.bands], high[None]]),
+        )  # fmt: skip
+
+
+def band_factors(energies: Floats, counts: Floats, *, noise_std: float) -> Floats:
+    """How much more a class varies in a band than all classes do together, (K, bands), around 1.
+
+    A factor is drawn towards the class's own mean over the bands, and that towards 1, by the share of noise in each
+    (Efron and Morris 1973), so that a rare class, or a band with next to no energy, has no factor of its own.
+
+    Args:
+        energies: (K, bands), noisy, of `spread_sums`.
+        counts: (K,), at least 1 each.
+        noise_std: of each number in `energies`.
+    """
+    whole = np.maximum(energies.sum(axis=0) / counts.sum(), 1e-9)
+    apart = energies / counts[:, None] / whole - 1.0
+    noise = np.square(noise_std / counts[:, None] / whole)
+    weights = 1.0 / (noise + _TYPICAL)
+    own = (apart * weights).sum(axis=1, keepdims=True) / (weights.sum(axis=1, keepdims=True) + 1.0 / _TYPICAL)
+    drawn: Floats = np.clip(1.0 + own + (apart - own) * _TYPICAL / (_TYPICAL + noise), _LEAST, _MOST)
+    return drawn
+
+
+def _symmetric(space: Coordinates, noisy: Floats, noise_std: float) -> Floats:
+    """`cleaned`, block by block of the space's symmetry: what it forbids is noise, what it repeats is averaged.
+
+    Noise on a packed matrix is the same in every orthonormal basis, so each block is cleaned as a matrix of its own.
+    """
+    whole = np.zeros_like(noisy)
+    for bases in space.blocks:
+        mean = np.mean([basis.T @ noisy @ basis for basis in bases], axis=0)
+        clean = cleaned(mean, noise_std / math.sqrt(len(bases)))
+        for basis in bases:
+            whole += basis @ clean @ basis.T
+    return whole
 
 
 def cleaned(noisy: Floats, noise_std: float) -> Floats:
@@ -90,10 +133,9 @@ def cleaned(noisy: Floats, noise_std: float) -> Floats:
     return correlation * np.outer(rescale, rescale)
 
 
-def _spread(space: Coordinates, energies: Floats) -> Floats:
-    """Energies by band (bands,) as variances (C, S, S), within a band in the public spectrum's proportions."""
-    high = np.square(space.spectrum * space.weights)[~space.low]
-    whole = np.bincount(space.bands, high, space.band_count)
-    variances = np.zeros(space.low.shape)
-    variances[~space.low] = high * (np.maximum(energies, 0.0) / np.maximum(whole, 1e-300))[space.bands]
-    return variances
+def _spread(space: Coordinates, energy: Floats) -> Floats:
+    """Energy by band (bands,) as variances (C, S, S) of high coordinates, in the public spectrum's proportions."""
+    guess = np.where(space.low, 0.0, np.square(space.spectrum * space.weights))
+    whole = np.bincount(space.bands.ravel(), guess.ravel(), space.band_count)
+    variances: Floats = guess * (energy / np.maximum(whole, 1e-300))[space.bands]
+    return np.where(space.low, 0.0, variances)

@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from common.errors import StudyError
 
 Modality = Literal["radiology", "ophthalmology", "histopathology"]
+Symmetry = Literal["none", "mirror", "square"]
+_SYMMETRIES: dict[Modality, Symmetry] = {  # the heart is on one side; eyes come in pairs; a slide lies as it lies
+    "radiology": "none", "ophthalmology": "mirror", "histopathology": "square",
+}  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -41,6 +45,10 @@ class DataConfig(Settings):
     image_size: int = Field(ge=8, le=256, description="pixels, height and width")
     channels: Literal[1, 3]
     classes: tuple[str, ...] = Field(min_length=2, max_length=64, description="biomarker classes, in label order")
+    symmetry: Symmetry | None = Field(
+        default=None, description="changes of an image that mean nothing: mirror = left to right, square = also turns; "
+        "default: none in radiology, mirror in ophthalmology, square in histopathology"
+    )  # fmt: skip
 
 
 class NetworkConfig(Settings):
@@ -205,6 +213,11 @@ class Study(Settings):
 
     def __hash__(self) -> int:
         return hash(self.sha256)
+
+    @property
+    def symmetry(self) -> Symmetry:
+        """Which changes of an image mean nothing: as the study says, or by its modality."""
+        return self.data.symmetry or _SYMMETRIES[self.study.modality]
 
     @property
     def sha256(self) -> str:

@@ -23,7 +23,7 @@ from common.errors import ReplyError, SynthwardError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet
 from common.model.classifier import BiomarkerClassifier
-from common.study import DataConfig, ValidationConfig
+from common.study import Study, ValidationConfig
 
 _SEED = 0
 _SMALLEST_SPREAD = 1e-6
@@ -72,9 +72,9 @@ def penultimate(classifier: BiomarkerClassifier, images: NDArray[np.uint8]) -> N
     return np.concatenate(seen)[: len(images)]  # the last batch is filled up
 
 
-def real_classifier(train: ImageSet, schema: DataConfig, *, steps: int, cache: Path) -> BiomarkerClassifier:
+def real_classifier(train: ImageSet, study: Study, *, steps: int, cache: Path) -> BiomarkerClassifier:
     """The classifier of the set's real training images, from `cache` where it was trained before."""
-    config = ValidationConfig(steps=steps)
+    config, schema = ValidationConfig(steps=steps), study.data
     sizes: dict[str, Any] = {"classes": len(schema.classes), "channels": schema.channels}
     if cache.exists():
         try:
@@ -84,6 +84,6 @@ def real_classifier(train: ImageSet, schema: DataConfig, *, steps: int, cache: P
             )
         except (SynthwardError, ReplyError):
             cache.unlink()  # of another network, or damaged: trained again below
-    classifier = BiomarkerClassifier.fit(train, **sizes, config=config, seed=_SEED)
+    classifier = BiomarkerClassifier.fit(train, **sizes, config=config, seed=_SEED, symmetry=study.symmetry)
     atomic_write(cache, pack_arrays(classifier.state()))
     return classifier

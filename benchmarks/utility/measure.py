@@ -54,7 +54,7 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
     released = released_figures(study, run)
     synthetic = synthetic_set(run / "synthetic" / "synthetic.npz", study.data)
     real = whole(data, study.data)
-    teacher = real_classifier(real.train, study.data, steps=real_steps, cache=cache / _cache_name(data, real_steps))
+    teacher = real_classifier(real.train, study, steps=real_steps, cache=cache / _cache_name(data, real_steps))
     student = released_classifier(study, run)
     test, val = real.holdout, validation_split(data, study.data)
     auc, f1 = exact_figures(student.predict(test.images), test.labels)

@@ -32,7 +32,7 @@ def moments(site: Site, gate: Gate, request: MomentsRequest) -> Released[Moments
         raise ReplyError(f"{len(counts)} class counts for {classes} classes, or not finite", where="request")
     with gate.spend(plan) as permit:
         sums = permit.noisy(plan.name, {"means": torch.from_numpy(class_sums(site.train, classes, space))})
-        centres = class_means(sums["means"].numpy(), counts, noise_std=plan.noise_multiplier * plan.sensitivity)
+        centres = class_means(sums["means"].numpy(), counts, space, noise_std=plan.noise_multiplier * plan.sensitivity)
         spread = {name: torch.from_numpy(part) for name, part in spread_sums(site.train, centres, space).items()}
         noisy = {**sums, **permit.noisy(plan.name, spread)}
         reply = MomentsReply(

@@ -98,7 +98,7 @@ def _write_own_reference(site: Site, exact: dict[str, ScoreCounts], request: Val
     study = request.agreement.study
     own = BiomarkerClassifier.fit(
         site.splits.train, classes=len(study.data.classes), channels=study.data.channels, config=study.validation,
-        seed=study.study.seed,
+        seed=study.study.seed, symmetry=study.symmetry,
     )  # fmt: skip
     rows = {**exact, "trained on this site's real images, not private": _score(site, own, request)}
     report = {name: figures(counts, noise_std=0.0).to_json() for name, counts in rows.items()}

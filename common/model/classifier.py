@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 from common.errors import DataError, ReplyError
 from common.images import ImageSet, Units, to_unit
 from common.model.timm_backbones import create_backbone
-from common.study import ValidationConfig
+from common.study import Symmetry, ValidationConfig
 
 _WEIGHT_DECAY = 0.01
 _WARM_UP = 0.1  # share of the steps
@@ -53,12 +53,14 @@ class BiomarkerClassifier:
         channels: int,
         config: ValidationConfig,
         seed: int,
+        symmetry: Symmetry = "none",
         progress: Callable[[int, int], None] | None = None,
     ) -> BiomarkerClassifier:
         """Train without privacy: AdamW, warm-up and cosine, every class drawn equally often. Same seed, same network.
 
         Args:
             images: at least one image; a class without images is simply never drawn.
+            symmetry: changes of an image that mean nothing, made at random; besides, images are shifted a little.
             progress: called with (steps done, steps in all) after each step.
 
         Raises:
@@ -74,7 +76,7 @@ class BiomarkerClassifier:
             draws = np.random.default_rng(seed)
             for step in range(config.steps):
                 index = _balanced(images.labels, config.batch_size, draws)
-                batch = _augment(to_unit(images.images[index]), draws)
+                batch = _augment(to_unit(images.images[index]), draws, symmetry)
                 loss = nn.functional.cross_entropy(net(batch), torch.from_numpy(images.labels[index]))
                 optimiser.zero_grad()
                 loss.backward()
@@ -278,18 +280,21 @@ def _balanced(labels: NDArray[np.int64], count: int, draws: np.random.Generator)
     return draws.choice(len(labels), size=count, p=weights / weights.sum())
 
 
-def _augment(batch: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
-    """Shift each image by up to side / 14 pixels; mirror colour images left to right at random.
-
-    Grey images are not mirrored: in a radiograph the side of the body is part of the finding.
-    """
-    count, channels, side, _ = batch.shape
+def _augment(batch: torch.Tensor, draws: np.random.Generator, symmetry: Symmetry) -> torch.Tensor:
+    """Shift each image by up to side / 14 pixels, and change it at random in the ways that mean nothing."""
+    count, _, side, _ = batch.shape
     reach = max(1, side // _SHIFT)
     padded = nn.functional.pad(batch, (reach,) * 4, mode="replicate")
-    rows = torch.from_numpy(draws.integers(0, 2 * reach + 1, (count, 1))) + torch.arange(side)
-    columns = torch.from_numpy(draws.integers(0, 2 * reach + 1, (count, 1))) + torch.arange(side)
-    if channels == 3:
-        mirrored = torch.from_numpy(draws.random((count, 1)) < 0.5)
-        columns = torch.where(mirrored, columns.flip(1), columns)
+
+    def places(*, flipped: bool) -> torch.Tensor:
+        shifted = torch.from_numpy(draws.integers(0, 2 * reach + 1, (count, 1))) + torch.arange(side)
+        chosen = torch.from_numpy(draws.random((count, 1)) < 0.5)
+        return torch.where(chosen, shifted.flip(1), shifted) if flipped else shifted
+
+    rows, columns = places(flipped=symmetry == "square"), places(flipped=symmetry != "none")
     records = torch.arange(count)[:, None, None]
-    return padded[records, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    moved = padded[records, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if symmetry == "square":
+        turned = torch.from_numpy(draws.random((count, 1, 1, 1)) < 0.5)
+        moved = torch.where(turned, moved.transpose(2, 3), moved)
+    return moved.contiguous()

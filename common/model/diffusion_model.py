@@ -64,7 +64,7 @@ class DiffusionModel(nn.Module):
 
 def space_of(study: Study) -> Coordinates:
     """The coordinates of the study's moments."""
-    return coordinates(study.data.image_size, study.data.channels, study.moments.components)
+    return coordinates(study.data.image_size, study.data.channels, study.moments.components, study.symmetry)
 
 
 def initial_weights(study: Study) -> Arrays:

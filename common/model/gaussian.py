@@ -27,7 +27,7 @@ class GaussianVelocity(nn.Module):
     Buffers (floats, part of what the server sends with the weights):
         means: (L + 1, d) low coefficients; the last row is the null class.
         vectors: (L + 1, d, d) eigenvectors, one a column; values: (L + 1, d) their variances.
-        high: (C, S, S) variances of the other coefficients; of no account at low ones.
+        high: (L + 1, C, S, S) variances of the other coefficients; of no account at low ones.
     """
 
     means: Tensor
@@ -49,14 +49,14 @@ class GaussianVelocity(nn.Module):
         """x (B, K, C, S, S), t (B, K), y (B, K) in 0 … L -> (B, K, C, S, S)."""
         a = self._alphas[t][..., None].to(x.dtype)  # (B, K, 1)
         coefficients = self._to_coefficients(x).flatten(2)
-        noise, clean = self._high_guess(coefficients, a)
+        noise, clean = self._high_guess(coefficients, a, y)
         low_noise, low_clean = self._low_guess(coefficients[..., self._low], a, y)
         velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
         velocity = velocity.index_copy(2, self._low, a.sqrt() * low_noise - (1 - a).sqrt() * low_clean)
         return self._to_pixels(velocity.view_as(x))
 
-    def _high_guess(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.high.flatten().to(x.dtype)
+    def _high_guess(self, x: Tensor, a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.high.flatten(1).to(x.dtype)[y]
         r = x / (a * s + 1 - a)
         return (1 - a).sqrt() * r, a.sqrt() * s * r
 

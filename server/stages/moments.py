@@ -72,8 +72,10 @@ def _screen(session: Session, answers: Answers) -> tuple[dict[str, Arrays], dict
     """(sums by site, reasons by left-out site)."""
     study = session.agreement.study
     space = space_of(study)
-    means = (len(study.data.classes), space.dimension)
-    expected = {"means": means, "squares": (space.packed,), "energies": (space.band_count,)}
+    classes = len(study.data.classes)
+    expected = {
+        "means": (classes, space.dimension), "squares": (space.packed,), "energies": (classes, space.band_count)
+    }  # fmt: skip
     sums: dict[str, Arrays] = {}
     reasons = session.excuses(answers)
     for node, reply in sorted(answers.replies.items()):

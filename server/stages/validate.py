@@ -112,7 +112,7 @@ def _classifier(session: Session, synthetic: ImageSet) -> Arrays:
 
     classifier = BiomarkerClassifier.fit(
         synthetic, classes=len(study.data.classes), channels=study.data.channels, config=study.validation,
-        seed=study.study.seed, progress=on_step,
+        seed=study.study.seed, symmetry=study.symmetry, progress=on_step,
     )  # fmt: skip
     state = classifier.state()
     atomic_write(path, pack_arrays(state))

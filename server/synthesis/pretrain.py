@@ -72,5 +72,5 @@ def exact_prior(study: Study, images: ImageSet) -> Prior:
     space, units, classes = space_of(study), Units.of(images, "image"), len(study.data.classes)
     sums = class_sums(units, classes, space)
     counts = np.bincount(images.labels, minlength=classes).astype(np.float64)
-    spread = spread_sums(units, class_means(sums, counts, noise_std=0.0), space)
+    spread = spread_sums(units, class_means(sums, counts, space, noise_std=0.0), space)
     return Prior.fit(space, sums, spread["squares"], spread["energies"], counts, noise_std=0.0)

@@ -17,7 +17,7 @@ from torch import nn
 
 from common.errors import DataError, ReplyError, StudyError
 from common.images import ImageSet, Units, to_unit
-from common.model.classifier import BiomarkerClassifier, _clipped_sum, _record_gradients
+from common.model.classifier import BiomarkerClassifier, _augment, _clipped_sum, _record_gradients
 from common.model.timm_backbones import create_backbone, import_timm, without_batch_norm
 from common.study import ValidationConfig
 
@@ -51,6 +51,19 @@ def easy(count: int, seed: int, side: int = 28) -> ImageSet:
     disc = (rows - side / 2) ** 2 + (columns - side / 2) ** 2 < (side / 4) ** 2
     pixels[labels == 1] += 100 * disc
     return ImageSet(pixels.astype(np.uint8), labels)
+
+
+@pytest.mark.parametrize(("symmetry", "ways"), [("none", 1), ("mirror", 2), ("square", 8)])
+def test_images_are_changed_only_in_the_ways_that_mean_nothing(symmetry, ways):
+    """An L-shaped mark is seen in each of its 1, 2 or 8 poses, wherever it is shifted to."""
+    image = torch.zeros(400, 1, 28, 28)
+    image[:, :, 8:20, 10] = image[:, :, 19, 10:16] = 1.0
+    seen = {
+        tuple(map(tuple, place.int().tolist()))
+        for moved in _augment(image, np.random.default_rng(0), symmetry)[:, 0]
+        for place in [moved[moved.any(dim=1)][:, moved.any(dim=0)]]
+    }
+    assert len(seen) == ways
 
 
 @pytest.fixture(scope="module")

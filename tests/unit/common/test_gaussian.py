@@ -41,7 +41,7 @@ def _dense(prior, label):
         columns.append(np.einsum("ec,eij->cij", space.colours, rows.T @ coefficients @ rows).ravel())
     to_pixels = np.stack(columns, axis=1)
     low = space.low.ravel()
-    covariance, mean = np.diag(prior.high.ravel()), np.zeros(len(low))
+    covariance, mean = np.diag(prior.high[label].ravel()), np.zeros(len(low))
     covariance[np.ix_(low, low)] = prior.covariances[label]
     mean[low] = prior.means[label]
     return to_pixels @ mean, to_pixels @ covariance @ to_pixels.T

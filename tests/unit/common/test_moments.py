@@ -37,7 +37,7 @@ def _space(images):
 def _sums(images, unit, centres):
     units, space = Units.of(images, unit), _space(images)
     spread = spread_sums(units, centres, space)
-    return class_sums(units, CLASSES, space).ravel(), np.concatenate([spread["squares"], spread["energies"]])
+    return class_sums(units, CLASSES, space).ravel(), np.concatenate([spread["squares"], spread["energies"].ravel()])
 
 
 @given(hospitals(), st.sampled_from(["image", "patient"]), st.integers(0, 100))
@@ -54,7 +54,9 @@ def test_one_unit_moves_each_of_the_two_sums_by_at_most_1_whatever_the_centres(i
 def test_the_bounds_are_reached():
     half = np.where(np.arange(SIZE) < SIZE // 2, 255, 0) * np.ones((1, 1, SIZE, 1))
     image = ImageSet(half.astype(np.uint8), np.zeros(1, np.int64))
-    first, second = _sums(image, "image", np.full((CLASSES, K * K), -50.0))
+    far = np.zeros((CLASSES, K * K))
+    far[:, 0] = -500.0  # all in one band
+    first, second = _sums(image, "image", far)
     assert np.linalg.norm(first) == pytest.approx(1.0)
     assert np.linalg.norm(second) == pytest.approx(1.0, rel=1e-3)
 
@@ -71,8 +73,37 @@ def test_coordinates_hold_the_whole_image(channels):
     pixels = np.einsum("ec,neij->ncij", space.colours, rows.T @ (coefficients / space.weights) @ rows)
     np.testing.assert_allclose((pixels + 1) * 127.5, images, atol=1e-9)
     np.testing.assert_allclose(rows @ rows.T, np.eye(SIZE), atol=1e-12)
-    assert len(space.bands) + space.dimension == channels * SIZE**2
-    assert set(space.bands) == set(range(space.band_count))
+    assert set(space.bands.ravel()) == set(range(space.band_count))
+    assert not set(space.bands[space.low]) & set(space.bands[~space.low])
+    energies = space.by_band(np.square(low), np.square(high))
+    np.testing.assert_allclose(energies.sum(axis=1), np.square(low).sum(axis=1) + np.square(high).sum(axis=1))
+
+
+@pytest.mark.parametrize("symmetry", ["none", "mirror", "square"])
+@pytest.mark.parametrize(("channels", "components"), [(1, 4), (3, 4), (1, 1), (3, 3)])
+def test_blocks_are_those_of_the_mean_covariance_over_all_poses(symmetry, channels, components):
+    """The covariance and mean of any images, seen in all poses, are kept by the projection, and any others are not."""
+    space = coordinates(SIZE, channels, components, symmetry)
+    images = np.random.default_rng(0).integers(0, 256, (40, channels, SIZE, SIZE), dtype=np.uint8)
+    poses = [images] if symmetry == "none" else [images, images[..., ::-1]]
+    poses = (
+        poses if symmetry != "square" else [q for p in poses for r in (p, p[:, :, ::-1]) for q in (r, r.swapaxes(2, 3))]
+    )
+    low = np.concatenate([space.of(pose)[0] for pose in poses])
+    bases = np.concatenate([basis for group in space.blocks for basis in group], axis=1)
+    np.testing.assert_allclose(bases.T @ bases, np.eye(space.dimension), atol=1e-12)
+    still = space.blocks[0][0]
+    np.testing.assert_allclose(low.mean(axis=0) @ still @ still.T, low.mean(axis=0), atol=1e-12)
+    kept, second = np.zeros((space.dimension,) * 2), low.T @ low / len(low)
+    for group in space.blocks:
+        alike = [basis.T @ second @ basis for basis in group]
+        for one in alike:
+            np.testing.assert_allclose(one, alike[0], atol=1e-12)
+        kept += sum(basis @ alike[0] @ basis.T for basis in group)
+    np.testing.assert_allclose(kept, second, atol=1e-12)
+    if symmetry != "none" and components > 2:
+        lopsided = space.of(images)[0]
+        assert np.abs(lopsided.mean(axis=0) @ still @ still.T - lopsided.mean(axis=0)).max() > 0.01
 
 
 def test_packing_keeps_matrix_and_norm():
@@ -92,13 +123,14 @@ def _images(count, seed=0):
     return ImageSet(np.clip(pixels, 0, 255).round().astype(np.uint8), labels)
 
 
-def fit(images, noise_std, seed=0):
+def fit(images, noise_std, seed=0, symmetry="none"):
     """The prior of the images, with noise of this standard deviation on every sum."""
-    rng, space, units = np.random.default_rng(seed), coordinates(SIZE, 1, K), Units.of(images, "image")
+    rng, units = np.random.default_rng(seed), Units.of(images, "image")
+    space = coordinates(SIZE, 1, K, symmetry)
     counts = np.bincount(images.labels, minlength=2).astype(float)
     noisy = lambda exact: exact + noise_std * rng.standard_normal(exact.shape)
     sums = noisy(class_sums(units, 2, space))
-    spread = spread_sums(units, class_means(sums, counts, noise_std=noise_std), space)
+    spread = spread_sums(units, class_means(sums, counts, space, noise_std=noise_std), space)
     return Prior.fit(
         space, sums, noisy(spread["squares"]), noisy(spread["energies"]), counts, noise_std=noise_std
     )  # fmt: skip
@@ -111,10 +143,30 @@ def test_without_noise_the_prior_has_the_means_and_the_spread_of_the_images():
         mine = low[images.labels == label]
         np.testing.assert_allclose(prior.means[label], mine.mean(axis=0), atol=1e-9)
     within = low - prior.means[images.labels]
-    np.testing.assert_allclose(prior.covariances[0], within.T @ within / len(within), atol=0.003)
+    shares = np.bincount(images.labels) / len(images)
+    shared = np.einsum("k,kde->de", shares, prior.covariances[:2])
+    np.testing.assert_allclose(shared, within.T @ within / len(within), atol=0.003)
     np.testing.assert_allclose(prior.means[2], low.mean(axis=0), atol=1e-9)
     np.testing.assert_allclose(prior.covariances[2], np.cov(low.T, bias=True), atol=0.003)
-    assert prior.high.sum() == pytest.approx(np.square(high).sum(axis=1).mean(), rel=0.01)
+    assert prior.high[2].sum() == pytest.approx(np.square(high).sum(axis=1).mean(), rel=0.01)
+
+
+def test_a_class_that_varies_more_has_the_larger_covariance_and_a_rare_one_under_noise_has_that_of_all():
+    images = _images(3000)
+    calm = images.images.astype(np.float64)
+    mean = calm[images.labels == 1].mean(axis=0)
+    calm[images.labels == 1] = mean + 0.6 * (calm[images.labels == 1] - mean)
+    images = ImageSet(calm.round().astype(np.uint8), images.labels)
+    low, high = coordinates(SIZE, 1, K).of(images.images)
+    exact = fit(images, 0.0)
+    for label in (0, 1):
+        mine = images.labels == label
+        assert np.trace(exact.covariances[label]) == pytest.approx(low[mine].var(axis=0).sum(), rel=0.02)
+        assert exact.high[label].sum() == pytest.approx(np.square(high[mine]).sum(axis=1).mean(), rel=0.02)
+    rare = images.select(np.r_[np.flatnonzero(images.labels == 0), np.flatnonzero(images.labels == 1)[:3]])
+    noisy = fit(rare, 10.0)
+    ratio = np.trace(noisy.covariances[1]) / np.trace(noisy.covariances[0])
+    assert ratio == pytest.approx(1.0, abs=0.15)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 30.0, 1000.0]))
@@ -137,6 +189,24 @@ def test_noise_alone_is_no_correlation():
     assert kept <= 10
     strong = np.eye(16) + 0.5 * np.outer(np.ones(16), np.ones(16))
     assert cleaned(strong, std)[0, 1] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_known_symmetry_takes_noise_out_of_the_prior():
+    """Noise on the sums of symmetric images moves means and covariances less where the symmetry is known."""
+    images = _images(2000)
+    turned = [images.images[i::4] for i in range(4)]
+    turned = np.concatenate([np.rot90(part, i, axes=(2, 3)) for i, part in enumerate(turned)])
+    images = ImageSet(turned, np.concatenate([images.labels[i::4] for i in range(4)]))
+    error = {}
+    for symmetry in ("none", "square"):
+        exact = fit(images, 0.0, symmetry="square")
+        noisy = [fit(images, 20.0, seed, symmetry) for seed in range(5)]
+        error[symmetry] = (
+            np.mean([np.linalg.norm(one.means - exact.means) for one in noisy]),
+            np.mean([np.linalg.norm(one.covariances - exact.covariances) for one in noisy]),
+        )
+    assert error["square"][0] < 0.6 * error["none"][0]
+    assert error["square"][1] < 0.85 * error["none"][1]
 
 
 def test_a_rare_class_is_drawn_towards_the_mean_of_all():
