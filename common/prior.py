@@ -111,26 +111,29 @@ def _symmetric(space: Coordinates, noisy: Floats, noise_std: float) -> Floats:
 
 
 def cleaned(noisy: Floats, noise_std: float) -> Floats:
-    """A covariance (d, d) from a noisy one: positive definite, and without what noise alone would put into it.
+    """A covariance (d, d) from a noisy one: positive definite, and without most of what noise alone puts into it.
 
-    Variances are taken as they are; of the correlations, eigenvalues within the noise's own are set to 1, the others
-    drawn towards 1 by what noise adds to them (Benaych-Georges and Nadakuditi 2011, for additive noise).
+    Variances are taken as they are. Each correlation is drawn towards none by the share of noise in it, which is large
+    where the variances are small; how large real correlations are is estimated from all of them together (Wiener's
+    filter; Efron and Morris 1973). Eigenvalues of what comes out are at least 1 - _STEEPEST.
 
     Args:
         noise_std: of a diagonal entry; 1/sqrt(2) of it off the diagonal.
     """
     diagonal = np.diag(noisy)
     floor = max(float(np.median(np.abs(diagonal))) * _SMALLEST, 1e-9)
-    std = np.sqrt(np.maximum(diagonal, floor))
-    values, vectors = np.linalg.eigh(noisy / np.outer(std, std))
-    edge = 2.0 * noise_std / math.sqrt(2.0) * float(np.mean(std**-2.0)) * math.sqrt(len(noisy))
-    above = values - 1.0
-    shrunk = np.where(
-        np.abs(above) > edge, (above + np.sign(above) * np.sqrt(np.maximum(above**2 - edge**2, 0.0))) / 2, 0.0
-    )
-    correlation = (vectors * (1.0 + np.maximum(shrunk, -_STEEPEST))) @ vectors.T
-    rescale = std / np.sqrt(np.diag(correlation))
-    return correlation * np.outer(rescale, rescale)
+    variances = np.maximum(diagonal, floor)
+    std = np.sqrt(variances)
+    correlation = noisy / np.outer(std, std)
+    noise = np.maximum(noise_std**2 / 2.0 / np.outer(variances, variances), 1e-12)
+    weights = np.where(np.eye(len(noisy)) > 0, 0.0, 1.0 / noise)
+    real = max(float((weights * (np.square(correlation) - noise)).sum() / max(weights.sum(), 1e-300)), 1e-9)
+    drawn = np.where(weights > 0, correlation * real / (real + noise), 1.0)
+    values, vectors = np.linalg.eigh(drawn)
+    drawn = (vectors * np.maximum(values, 1.0 - _STEEPEST)) @ vectors.T
+    rescale = std / np.sqrt(np.diag(drawn))
+    whole: Floats = drawn * np.outer(rescale, rescale)
+    return whole
 
 
 def _spread(space: Coordinates, energy: Floats) -> Floats:

@@ -86,7 +86,7 @@ class PretrainConfig(Settings):
     path: str | None = Field(default=None, min_length=1, description="the public set, in MedMNIST's layout")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of that file")
     images: int = Field(default=4000, ge=64, le=1_000_000, description="phantoms drawn; of a public set all are taken")
-    steps: int = Field(default=400, ge=1)
+    steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
 
@@ -119,7 +119,7 @@ class PrivacyConfig(Settings):
     counts_share: float = Field(
         default=0.1, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"
     )
-    moments_share: float = Field(default=0.5, ge=0, lt=1, description="the same for the class moments; 0 = none")
+    moments_share: float = Field(default=0.7, ge=0, lt=1, description="the same for the class moments; 0 = none")
     reference_share: float = Field(
         default=0.25, ge=0, lt=1, description="the same for the real-data reference; 0 = none"
     )
@@ -136,7 +136,7 @@ class GenerationConfig(Settings):
         default="counts", description="classes in proportion to the private counts, or as many of each"
     )
     sampler: Literal["ancestral", "ddim", "dpm-solver++"] = "dpm-solver++"
-    steps: int = Field(default=20, ge=2, le=4000)
+    steps: int = Field(default=15, ge=2, le=4000)
     guidance: float = Field(
         default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
     )
@@ -162,6 +162,9 @@ class SimulationConfig(Settings):
         default=0.5, ge=0, le=1, description="0 = same class mix at every site, 1 = strongly different"
     )
     phantoms_per_site: int = Field(default=600, ge=20)
+    own_reference: bool = Field(
+        default=True, description="with real images: each site also trains, for itself alone, a classifier on its own"
+    )
 
 
 class Study(Settings):

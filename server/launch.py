@@ -52,6 +52,7 @@ class SiteFacts:
 def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path]:
     """Write one site file for each simulated site: shards of `data`, or phantoms when there is none."""
     simulation, files = study.simulation, []
+    own = data is not None and simulation.own_reference
     for index in range(simulation.sites):
         shard = {"shard_index": index, "shard_count": simulation.sites, "label_skew": simulation.label_skew,
                  "seed": study.study.seed}  # fmt: skip
@@ -62,7 +63,7 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
         name = f"site-{index + 1}"
         lines = [
             "# A simulated site, written by `synthward run`",
-            f'name = "{name}"', f'state = "{name}"', f"own_reference = {str(data is not None).lower()}",
+            f'name = "{name}"', f'state = "{name}"', f"own_reference = {str(own).lower()}",
             "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
             "[policy]", *(f"{key} = {study.privacy.epsilon}" for key in ("max_epsilon", "max_study_epsilon")),
             *(f"{key} = {study.privacy.delta}" for key in ("max_delta", "max_study_delta")),

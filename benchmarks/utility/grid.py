@@ -99,7 +99,7 @@ class Row:
     @property
     def overrides(self) -> tuple[str, ...]:
         """`section.key=value` each; a later one wins, so the recipe's come last."""
-        own = (f"privacy.epsilon={self.epsilon:g}", f"study.seed={self.seed}")
+        own = (f"privacy.epsilon={self.epsilon:g}", f"study.seed={self.seed}", "simulation.own_reference=false")
         return (*(QUICK if self.quick else ()), *own, *RECIPES[self.recipe].overrides)
 
     def study(self) -> Study:

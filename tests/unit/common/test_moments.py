@@ -178,15 +178,16 @@ def test_a_prior_is_a_gaussian_whatever_the_noise(seed, noise_std):
     assert (prior.high >= 0).all()
 
 
-def test_noise_alone_is_no_correlation():
-    """A 16 × 16 diagonal covariance under noise: its correlations are dropped, but for one in twenty seeds at most."""
-    std, kept = 0.02, 0
+def test_noise_alone_is_next_to_no_correlation():
+    """A 16 × 16 diagonal covariance under noise: over 20 seeds, less than a third of the noise is left."""
+    std, left = 0.02, []
     for seed in range(20):
         noise = np.random.default_rng(seed).standard_normal((16, 16)) * std
         noise = np.triu(noise) * np.where(np.eye(16), 1, np.sqrt(0.5))
-        clean = cleaned(np.eye(16) + np.triu(noise) + np.triu(noise, 1).T, std)
-        kept += not np.allclose(clean, np.diag(np.diag(clean)), atol=1e-9)
-    assert kept <= 10
+        noisy = np.eye(16) + np.triu(noise) + np.triu(noise, 1).T
+        clean, kept = cleaned(noisy, std), ~np.eye(16, dtype=bool)
+        left.append(np.linalg.norm(clean[kept]) / np.linalg.norm(noisy[kept]))
+    assert np.mean(left) < 1 / 3
     strong = np.eye(16) + 0.5 * np.outer(np.ones(16), np.ones(16))
     assert cleaned(strong, std)[0, 1] == pytest.approx(0.5, abs=0.02)
 
