@@ -94,3 +94,12 @@ def test_a_study_that_would_learn_nothing_or_draw_what_cannot_be_drawn_is_refuse
     ):  # fmt: skip
         with pytest.raises(StudyError, match=field):
             tiny_study(**sections)
+
+
+@pytest.mark.parametrize(
+    ("modality", "said", "symmetry"),
+    [("radiology", {}, "none"), ("ophthalmology", {}, "mirror"), ("histopathology", {}, "square"),
+     ("histopathology", {"symmetry": "none"}, "none")],
+)  # fmt: skip
+def test_what_an_image_does_not_depend_on_follows_from_the_modality_unless_the_study_says_it(modality, said, symmetry):
+    assert tiny_study(study={"modality": modality}, data=said).symmetry == symmetry
