@@ -145,7 +145,7 @@ class GenerationConfig(Settings):
 
 class ValidationConfig(Settings):
     backbone: str = Field(default="test_efficientnet_gn", description="a timm model name")
-    steps: int = Field(default=300, ge=1)
+    steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=128, ge=2)
     learning_rate: float = Field(default=3e-3, gt=0)
     bins: int = Field(default=24, ge=4, le=512, description="bins of each score histogram")

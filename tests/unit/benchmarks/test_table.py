@@ -117,7 +117,9 @@ def test_settings_are_told_as_differences_from_the_study_file():
     row = Row("pneumoniamnist", 3.0, "moments", 2)
     settings = json.dumps(row.study().model_dump(mode="json"))
     told = differences(result(epsilon=3.0, recipe="moments", seed=2, settings=settings))
-    assert set(told.split(", ")) == {"`privacy.epsilon=3`", "`study.seed=2`", "`training.rounds=0`"}
+    assert set(told.split(", ")) == {
+        "`privacy.epsilon=3`", "`study.seed=2`", "`training.rounds=0`", "`simulation.own_reference=false`"
+    }  # fmt: skip
     gone = json.loads(settings) | {"old_section": {"key": 1.5}}
     assert "`old_section.key=1.5`" in differences(replace(result(), settings=json.dumps(gone)))
 
