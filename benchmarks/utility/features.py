@@ -5,8 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 Shapes: N images, D features, C channels, H×W pixels.
 
 A network trained on photographs of everyday things would say little about 28 px of tissue, and would have to be
-fetched. So the project's own small network is trained on the set's real training images, without privacy, and the
-last layer's input is taken.
+fetched. So the project's own small network is trained on the set's real val images, without privacy, and the last
+layer's input is taken: neither the sites nor the synthetic images have anything of those.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FeatureSpace:
     """A classifier of real images, and the scaling that gives each of its features mean 0 and spread 1 on them.
 
     Attributes:
-        mean, spread: (D,), of the real training images.
+        mean, spread: (D,), of the images that it was trained on.
     """
 
     classifier: BiomarkerClassifier
@@ -73,7 +73,7 @@ def penultimate(classifier: BiomarkerClassifier, images: NDArray[np.uint8]) -> N
 
 
 def real_classifier(train: ImageSet, study: Study, *, steps: int, cache: Path) -> BiomarkerClassifier:
-    """The classifier of the set's real training images, from `cache` where it was trained before."""
+    """A classifier of real images, from `cache` where it was trained before."""
     config, schema = ValidationConfig(steps=steps), study.data
     sizes: dict[str, Any] = {"classes": len(schema.classes), "channels": schema.channels}
     if cache.exists():

@@ -27,7 +27,7 @@ from common.metrics import Estimate, auc_from_counts
 from common.model.classifier import BiomarkerClassifier
 from common.study import Study
 
-RULER = 2  # raise it with every change of how a figure is made: rows of another ruler are measured anew
+RULER = 3  # raise it with every change of how a figure is made: rows of another ruler are measured anew
 _SEED = 0
 _REPLICATES = 1000
 _CONFIDENCE = 0.95
@@ -54,9 +54,11 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
     released = released_figures(study, run)
     synthetic = synthetic_set(run / "synthetic" / "synthetic.npz", study.data)
     real = whole(data, study.data)
-    teacher = real_classifier(real.train, study, steps=real_steps, cache=cache / _cache_name(data, real_steps))
-    student = released_classifier(study, run)
     test, val = real.holdout, validation_split(data, study.data)
+    teacher = real_classifier(real.train, study, steps=real_steps, cache=cache / _cache_name(data, real_steps, "train"))
+    # Images are compared by one that has seen neither side: those that it was trained on lie apart in its features.
+    judge = real_classifier(val, study, steps=real_steps, cache=cache / _cache_name(data, real_steps, "val"))
+    student = released_classifier(study, run)
     auc, f1 = exact_figures(student.predict(test.images), test.labels)
     val_auc, val_f1 = exact_figures(student.predict(val.images), val.labels, replicates=0)
     real_auc, real_f1 = exact_figures(teacher.predict(test.images), test.labels, replicates=0)
@@ -64,7 +66,7 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
         **released, "images": len(synthetic),
         **_spread("test_auc", auc), **_spread("test_f1", f1), "val_auc": val_auc.value, "val_f1": val_f1.value,
         "real_auc": real_auc.value, "real_f1": real_f1.value,
-        **_fidelity(study, data, synthetic, FeatureSpace.of(teacher, real.train)),
+        **_fidelity(study, data, synthetic, FeatureSpace.of(judge, val)),
     }  # fmt: skip
 
 
@@ -227,5 +229,5 @@ def _spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _cache_name(data: Path, steps: int) -> str:
-    return f"real-{sha256_file(data)[:12]}-{steps}steps-ruler{RULER}.safetensors"
+def _cache_name(data: Path, steps: int, part: str) -> str:
+    return f"real-{part}-{sha256_file(data)[:12]}-{steps}steps-ruler{RULER}.safetensors"

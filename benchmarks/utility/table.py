@@ -35,9 +35,10 @@ brackets the smallest and the largest seed, or of a single seed the 95 % bootstr
 AUC: the same on the val split, on which settings are chosen. Released: what a study publishes, with its privacy noise;
 reference: a classifier trained on real images within the same budget, published likewise. KID, coverage, recall and
 two-sample accuracy (0.5 = nobody can tell): against held-out images at each simulated site, as many of each and with
-their class mix, then averaged; in the features of a classifier of real images. KID is 0 for the same distribution; of a
-single seed its brackets hold the smallest and the largest site. The first line of a table is what real images reach in
-place of synthetic ones, without privacy. "+" behind a commit: the software differed from it. Settings: at the end.
+their class mix, then averaged; in the features of a classifier of the real val images. KID is 0 for the same
+distribution; of a single seed its brackets hold the smallest and the largest site. The first line of a table is what
+real training images reach in place of synthetic ones, without privacy. "+" behind a commit: the software differed from
+it. Settings: at the end.
 """
 
 

@@ -151,7 +151,7 @@ def test_figures_know_good_images_from_noise(tmp_path, data, good):
     bad = measure(STUDY, a_run(tmp_path / "bad", synthetic=noise), data, cache=cache, real_steps=12)
     assert figures["kid"] < bad["kid"] and figures["two_sample"] < bad["two_sample"]
     assert figures["floor_kid"] == bad["floor_kid"] and figures["real_auc"] == bad["real_auc"]
-    assert len(trained) == 1 and list(cache.iterdir()) == trained, "the classifier of real images is trained once"
+    assert len(trained) == 2 and list(cache.iterdir()) == trained, "classifiers of real images are trained once"
 
 
 def test_a_run_of_another_study_is_not_measured(tmp_path):
@@ -172,8 +172,10 @@ def test_a_run_that_is_not_finished_is_one_error(tmp_path, file):
 
 def test_a_damaged_cache_is_made_anew_and_gives_the_same_figures(tmp_path, data, good):
     run, kept, figures = good
-    (file,) = kept.iterdir()
-    (tmp_path / file.name).write_bytes(b"nothing")
+    for file in kept.iterdir():
+        (tmp_path / file.name).write_bytes(b"nothing")
     assert measure(STUDY, run, data, cache=tmp_path, real_steps=12) == figures
-    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
-    assert room._cache_name(data, 12) != room._cache_name(data, 13)
+    for file in kept.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    names = {room._cache_name(data, steps, part) for steps in (12, 13) for part in ("train", "val")}
+    assert len(names) == 4
