@@ -119,7 +119,7 @@ class PrivacyConfig(Settings):
     counts_share: float = Field(
         default=0.1, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"
     )
-    moments_share: float = Field(default=0.7, ge=0, lt=1, description="the same for the class moments; 0 = none")
+    moments_share: float = Field(default=0.8, ge=0, lt=1, description="the same for the class moments; 0 = none")
     reference_share: float = Field(
         default=0.25, ge=0, lt=1, description="the same for the real-data reference; 0 = none"
     )

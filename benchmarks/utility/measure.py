@@ -27,11 +27,12 @@ from common.metrics import Estimate, auc_from_counts
 from common.model.classifier import BiomarkerClassifier
 from common.study import Study
 
-RULER = 3  # raise it with every change of how a figure is made: rows of another ruler are measured anew
+RULER = 4  # raise it with every change of how a figure is made: rows of another ruler are measured anew
 _SEED = 0
 _REPLICATES = 1000
 _CONFIDENCE = 0.95
 _MOST_IMAGES = 500  # of each kind that are compared at a site: the distances grow with the square
+_OF_HOLDOUT = ("kid", "two_sample")
 _AT_ONCE = 100  # replicates held in memory
 
 Floats = NDArray[np.float64]
@@ -156,29 +157,36 @@ def alike(wanted: NDArray[np.int64], labels: NDArray[np.int64], draws: np.random
 
 
 def _fidelity(study: Study, data: Path, synthetic: ImageSet, space: FeatureSpace) -> dict[str, Any]:
-    """Synthetic against held-out images at each site, and the site's own training images against the same.
+    """Synthetic images against those that a site trains on, and against its held-out ones; real ones in their place.
 
-    As many of each kind, with the class mix of the held-out ones: how often a class occurs is not what is asked here.
+    What a generator is to imitate is what it is trained on: held-out images may come from other patients, scanners or
+    stains, so that real training images differ from them, too. In the place of synthetic images stand training images
+    that are not among those compared with. As many of each kind, with the same class mix: how often a class occurs is
+    not what is asked here.
     """
     draws = np.random.default_rng(_SEED)
-    theirs, floors, compared = [], [], 0
-    synthetic_features = space.features(synthetic.images)
+    pairs: dict[str, list[Fidelity]] = {"": [], "floor_": [], "holdout_": [], "floor_holdout_": []}
+    synthetic_features, compared = space.features(synthetic.images), 0
     for site in site_splits(study, data):
-        count = min(len(site.holdout), len(site.train), len(synthetic), _MOST_IMAGES)
+        count = min(len(site.train) // 2, len(site.holdout), len(synthetic), _MOST_IMAGES)
         if count < FEWEST:
             continue
-        holdout = site.holdout.select(draws.permutation(len(site.holdout))[:count])
-        own = site.train.select(alike(holdout.labels, site.train.labels, draws))
-        real = space.features(holdout.images)
-        theirs.append(fidelity(real, synthetic_features[alike(holdout.labels, synthetic.labels, draws)]))
-        floors.append(fidelity(real, space.features(own.images)))
+        order = draws.permutation(len(site.train))
+        rest = site.train.select(order[count:])
+        for prefix, images in (("", site.train), ("holdout_", site.holdout)):
+            chosen = images.select(order[:count] if not prefix else draws.permutation(len(images))[:count])
+            real, others = space.features(chosen.images), rest.select(alike(chosen.labels, rest.labels, draws))
+            same_mix = synthetic_features[alike(chosen.labels, synthetic.labels, draws)]
+            pairs[prefix].append(fidelity(real, same_mix))
+            pairs[f"floor_{prefix}"].append(fidelity(real, space.features(others.images)))
         compared += count
-    if not theirs:
+    if not compared:
         return {}
-    kids = [entry.kid for entry in theirs]
+    kids = [entry.kid for entry in pairs[""]]
+    means = {f"{prefix}{name}": value for prefix, entries in pairs.items() for name, value in _mean(entries).items()}
     return {
-        **_mean(theirs), "kid_low": min(kids), "kid_high": max(kids), "fidelity_images": compared,
-        **{f"floor_{name}": value for name, value in _mean(floors).items()},
+        **{name: value for name, value in means.items() if "holdout" not in name or name.endswith(_OF_HOLDOUT)},
+        "kid_low": min(kids), "kid_high": max(kids), "fidelity_images": compared,
     }  # fmt: skip
 
 

@@ -31,10 +31,11 @@ class Result:
         test_*, val_*: classifier trained on the synthetic set, on all real test or val images, exact; 95 % intervals.
         released_*: the private figures of the same, as the run publishes them, with their own intervals.
         reference_*: the private figures of the reference trained on real images under the same epsilon.
-        kid … two_sample: of synthetic against held-out images, means over sites; `kid_low` and `kid_high` are the
-            smallest and the largest site's.
+        kid … two_sample: of synthetic images against those trained on, means over sites; `kid_low` and `kid_high` are
+            the smallest and the largest site's.
         fidelity_images: images of each kind that were compared, all sites together.
-        floor_*: the same with the site's real training images in place of the synthetic ones.
+        holdout_*: of synthetic images against held-out ones.
+        floor_*: the same with others of the site's real training images in place of the synthetic ones.
         real_auc, real_f1: classifier trained on all real training images without privacy, on the test images.
         settings: every setting of the study, as canonical JSON.
     """
@@ -78,11 +79,15 @@ class Result:
     coverage: float | None = None
     recall: float | None = None
     two_sample: float | None = None
+    holdout_kid: float | None = None
+    holdout_two_sample: float | None = None
     fidelity_images: int | None = None
     floor_kid: float | None = None
     floor_coverage: float | None = None
     floor_recall: float | None = None
     floor_two_sample: float | None = None
+    floor_holdout_kid: float | None = None
+    floor_holdout_two_sample: float | None = None
     real_auc: float | None = None
     real_f1: float | None = None
     settings: str = "{}"

@@ -28,17 +28,19 @@ _CHANCE = 0.5
 _HEAD = "# What the synthetic images are worth\n\nMade by `make bench-utility`.\n\n"
 _COLUMNS = (
     "epsilon", "recipe", "seeds", "test AUC", "test macro F1", "val AUC", "released AUC", "released F1",
-    "reference AUC", "KID", "coverage", "recall", "two-sample", "minutes", "commit",
+    "reference AUC", "KID", "coverage", "recall", "two-sample", "KID, held-out", "two-sample, held-out", "minutes",
+    "commit",
 )  # fmt: skip
 _LEGEND = """Test AUC and macro F1: a classifier that saw synthetic images only, on all real test images, exact; in
 brackets the smallest and the largest seed, or of a single seed the 95 % bootstrap interval over the test images. Val
 AUC: the same on the val split, on which settings are chosen. Released: what a study publishes, with its privacy noise;
 reference: a classifier trained on real images within the same budget, published likewise. KID, coverage, recall and
-two-sample accuracy (0.5 = nobody can tell): against held-out images at each simulated site, as many of each and with
-their class mix, then averaged; in the features of a classifier of the real val images. KID is 0 for the same
+two-sample accuracy (0.5 = nobody can tell): against the images that each simulated site trains on, as many of each and
+with their class mix, then averaged; in the features of a classifier of the real val images, which has seen neither
+side. Held-out: the same against the site's held-out images, which come from other patients. KID is 0 for the same
 distribution; of a single seed its brackets hold the smallest and the largest site. The first line of a table is what
-real training images reach in place of synthetic ones, without privacy. "+" behind a commit: the software differed from
-it. Settings: at the end.
+other real training images reach in place of synthetic ones, without privacy. "+" behind a commit: the software differed
+from it. Settings: at the end.
 """
 
 
@@ -103,7 +105,8 @@ def _set_table(cells: Sequence[Cell]) -> str:
         rows.append((
             epsilon_label(cell.epsilon), cell.recipe, str(len(cell.finished)), say("test_auc"), say("test_f1"),
             say("val_auc"), say("released_auc"), say("released_f1"), say("reference_auc"), say("kid", 4),
-            say("coverage", 2), say("recall", 2), say("two_sample", 2), minutes,
+            say("coverage", 2), say("recall", 2), say("two_sample", 2), say("holdout_kid", 4),
+            say("holdout_two_sample", 2), minutes,
             ", ".join(dict.fromkeys(result.commit + ("+" if result.dirty == "yes" else "") for result in one)),
         ))  # fmt: skip
     return markdown_table(_COLUMNS, rows)
@@ -118,7 +121,8 @@ def _real_line(cells: Sequence[Cell]) -> tuple[str, ...]:
 
     return (
         "none", "real images", "–", mean("real_auc"), mean("real_f1"), "–", "–", "–", "–",
-        mean("floor_kid", 4), mean("floor_coverage", 2), mean("floor_recall", 2), mean("floor_two_sample", 2), "–", "–",
+        mean("floor_kid", 4), mean("floor_coverage", 2), mean("floor_recall", 2), mean("floor_two_sample", 2),
+        mean("floor_holdout_kid", 4), mean("floor_holdout_two_sample", 2), "–", "–",
     )  # fmt: skip
 
 
@@ -131,7 +135,10 @@ _BARS: tuple[tuple[str, float, str, float], ...] = (
     ("colonpath4", 8.0, "test_f1", 0.50),
     ("fundus4", 8.0, "test_auc", 0.85),
 )
-_NAMES = {"test_auc": "AUC", "test_f1": "macro F1", "kid": "KID", "two_sample": "two-sample accuracy"}
+_NAMES = {
+    "test_auc": "AUC", "test_f1": "macro F1", "kid": "KID", "two_sample": "two-sample accuracy",
+    "holdout_kid": "KID, held-out", "holdout_two_sample": "two-sample accuracy, held-out",
+}  # fmt: skip
 
 
 def _bars(cells: Sequence[Cell]) -> str:
@@ -166,11 +173,12 @@ def _comparisons(cells: Sequence[Cell]) -> str:
         other = found.get((dataset, epsilon, "moments"))
         if recipe != "default" or other is None:
             continue
-        for name, digits in (("kid", 4), ("two_sample", 3), ("test_auc", 3)):
+        compared = ("kid", 4), ("two_sample", 3), ("holdout_kid", 4), ("holdout_two_sample", 3), ("test_auc", 3)
+        for name, digits in compared:
             ours, theirs = found[dataset, epsilon, recipe].mean(name), other.mean(name)
             if ours is None or theirs is None:
                 continue
-            if name == "two_sample":
+            if name.endswith("two_sample"):
                 met = abs(ours - _CHANCE) < abs(theirs - _CHANCE)
             else:
                 met = ours >= theirs if name == "test_auc" else ours < theirs

@@ -2,8 +2,10 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-What it learns is how images of this kind differ from the Gaussian of the same moments: edges, flat areas, saturation.
-So it is trained beside the public images' own Gaussian, and later stands beside that of the private moments.
+What it learns is to see in what images of this kind differ from the Gaussian of the same moments: edges, flat areas,
+saturation. So it is trained beside the public images' own Gaussian, and later stands beside that of private moments.
+How real images differ from theirs is not for public ones to say: the last layer, which draws the differences, is set
+to zero again, so that training at the sites begins at their own Gaussian.
 """
 
 from __future__ import annotations
@@ -62,7 +64,10 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
         schedule.step()
         if on_step is not None and (step % _REPORT_EVERY == 0 or step == config.steps):
             on_step(step, config.steps)
-    weights = model.weights()
+    weights = {
+        name: np.zeros_like(array) if name.startswith("swin.head.") else array
+        for name, array in model.weights().items()
+    }
     atomic_write(file, pack_arrays(weights))
     return weights
 

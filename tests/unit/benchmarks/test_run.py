@@ -121,7 +121,7 @@ def test_another_ruler_measures_a_finished_run_again_without_running_it(stage, m
     monkeypatch.setattr(rows, "RULER", 99)
     assert not stage.bench.is_done(ROW)
     stage.bench.run(ROW)
-    assert (len(stage.calls), stage.measured, [r.ruler for r in stage.results]) == (1, 2, [3, 99])
+    assert (len(stage.calls), stage.measured, [r.ruler for r in stage.results]) == (1, 2, [4, 99])
 
 
 def test_a_row_over_its_budget_is_ended_recorded_and_left_alone(stage, monkeypatch):

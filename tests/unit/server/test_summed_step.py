@@ -64,6 +64,7 @@ def test_the_public_start_is_made_once_from_the_seed_and_a_spoilt_one_anew(tmp_p
     for name, array in first.items():
         for other in (again, elsewhere, mended):
             np.testing.assert_allclose(other[name], array, atol=1e-6, err_msg=name)
+    assert not first["swin.head.weight"].any() and not first["swin.head.bias"].any(), "draws the Gaussian as it is"
     start = initial_weights(STUDY)
     assert any(not np.array_equal(first[name], start[name]) for name in start if name.startswith("swin."))
 
