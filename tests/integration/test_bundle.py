@@ -19,7 +19,7 @@ from common.study import load_study
 from support.paths import REPOSITORY
 
 MAX_BYTES = 1_000_000
-CLIENT = {"client/__init__.py", "client/app.py"}  # no code that opens an image, a ledger or a policy
+CLIENT = {"client/__init__.py", "client/app.py"}  # none of the code that opens a site's images, ledger or policy
 # Planted in the copy: what a working tree has lying about, each under a name that Flower would bundle by default.
 STRAYS = (
     "labels.json", "data/labels.json", "client/data/labels.json", "client/data/notes.md", "server/results.yaml",
