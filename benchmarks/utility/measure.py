@@ -32,7 +32,7 @@ _SEED = 0
 _REPLICATES = 1000
 _CONFIDENCE = 0.95
 _MOST_IMAGES = 500  # of each kind that are compared at a site: the distances grow with the square
-_OF_HOLDOUT = ("kid", "two_sample")
+_OF_HOLDOUT = ("kid", "two_sample")  # what is told of the comparison with held-out images
 _AT_ONCE = 100  # replicates held in memory
 
 Floats = NDArray[np.float64]
