@@ -30,7 +30,7 @@ PARTITIONS: tuple[Partition, ...] = ("train", "holdout")
 LARGEST_NOISE = 500.0  # beyond this no result is worth having, and the accountant's own error dominates
 LEAST_NOISE = 0.4  # below it no epsilon of interest lies, and the accountants are slow
 EVALUATIONS = 2  # one is spare, so that a site that is killed in the middle of the only one can still answer
-MOMENTS_STEPS = 2  # class sums, then squares about the means they give; a unit moves each by at most 1
+MOMENTS_STEPS = 1  # class sums, then squares about the means they give: two parts of one release (`common/moments.py`)
 LOSS_SHARE = 0.2  # of the clipping norm, for the private loss curve; costs 2 % of the gradient's norm
 
 

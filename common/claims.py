@@ -286,7 +286,7 @@ class Claim:
             f"delta {self.delta_sum:g}." if several else "",
             f"Each site's ledger enforces the ceiling of epsilon {self.epsilon_ceiling:g} for this study; what other "
             "studies on the same records cost is not in these figures.",
-            f"The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
+            "The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
             f"{self.public_sha256[:16]}…): whoever is in them is not covered by these figures." if self.public_sha256
             else "",
             f"Losses are added up by Opacus's {self.accountant.upper()} accountant over every noisy answer that was "

@@ -13,7 +13,7 @@ classes' covariances apart is their energy by *band* (a third of an octave of on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,13 +25,16 @@ from common.images import Units
 from common.study import Symmetry
 
 Floats = NDArray[np.float64]
-MEAN_REACH, SPREAD_REACH = 2.5, 2.0  # clipping norms, in units of a typical image's norm (1 by the public spectrum)
+MEAN_REACH, SPREAD_REACH = 2.5, 1.5  # clipping norms, in units of a typical image's norm (1 by the public spectrum)
+NORM_REACH = 3.0  # where an image's norm itself is clipped: hardly any image is so far from its class's mean
 _AMPLITUDE, _FADING = 0.2, 1.5  # public spectrum: std of coefficient (i, j) as a share of white, 0.2 (1 + i + j)^-1.5
 _CHROMA = 0.5  # of that, for the colour differences
 _WEIGHTING = 1.0  # weight (1 + i + j)^1: below the fading, so that low frequencies still count for more
 _HIGH_NORM = 0.5  # typical norm of an image's high coordinates
 _BANDS_PER_OCTAVE = 3
-SQUARES_PART, ENERGIES_PART = 0.8, 0.6  # how the two share one unit's norm: their squares sum to 1
+MEANS_PART, SQUARES_PART, ENERGIES_PART, NORM_PART = 0.40, 0.84, 0.35, 0.10  # of one unit's norm; squares sum to < 1
+SPREAD_PART = math.hypot(SQUARES_PART, ENERGIES_PART, NORM_PART)
+_AT_ONCE = 256  # images whose coefficients are in memory together
 _OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
 
 
@@ -166,19 +169,24 @@ def coordinates(size: int, channels: int, components: int, symmetry: Symmetry = 
     return Coordinates(size, channels, components, symmetry)
 
 
+def _portions(count: int) -> Iterator[slice]:
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+
+
 def _clip(vectors: Floats) -> Floats:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
 
 
 def class_sums(units: Units, classes: int, space: Coordinates) -> Floats:
-    """Sums (K, d) over units of clipped low coordinates; a unit moves them by at most 1 in L2.
+    """Sums (K, d) over units of clipped low coordinates; a unit moves them by at most MEANS_PART in L2.
 
     A unit of several images adds their mean, so that it moves the sums no more than one image would.
     """
-    low, _ = space.of(units.images.images)
-    sums = np.zeros((classes, space.dimension))
-    np.add.at(sums, units.images.labels, _clip(low / MEAN_REACH) * units.weights()[:, None])
-    return sums
+    sums, weights = np.zeros((classes, space.dimension)), units.weights()[:, None]
+    for these in _portions(len(weights)):
+        low, _ = space.of(units.images.images[these])
+        np.add.at(sums, units.images.labels[these], _clip(low / MEAN_REACH) * weights[these])
+    return MEANS_PART * sums
 
 
 def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: float) -> Floats:
@@ -188,7 +196,7 @@ def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: 
     of all by the share of noise in it (James and Stein 1961): a rare class is mostly noise.
     """
     counts, still = np.maximum(counts, 1.0), space.blocks[0][0]
-    sums = sums @ still @ still.T
+    sums, noise_std = sums @ still @ still.T / MEANS_PART, noise_std / MEANS_PART
     overall = sums.sum(axis=0) / counts.sum()
     apart = sums / counts[:, None] - overall
     noise = still.shape[1] * (noise_std / counts) ** 2
@@ -197,24 +205,33 @@ def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: 
 
 
 def spread_sums(units: Units, centres: Floats, space: Coordinates) -> dict[str, Floats]:
-    """Sums over units of squares about given centres; a unit moves all of them together by at most 1 in L2.
+    """Sums over units of squares about given centres; a unit moves all of them together by at most SPREAD_PART in L2.
 
     Args:
         centres: (K, d), public or already private.
 
     Returns:
         "squares" (d (d + 1) / 2,): products of low coordinates, off-diagonal entries times sqrt(2), so that the norm
-        is that of the whole matrix; "energies" (K, bands): squares of all coordinates by class and band. With p and q
-        for SQUARES_PART and ENERGIES_PART, an image's clipped vector (u, v) adds p u uᵀ and q times parts of u² and v²:
-        of norm at most sqrt(p² |u|⁴ + q² (|u|² + |v|²)²) ≤ sqrt(p² + q²) = 1; a unit adds the mean of its images'.
+        is that of the whole matrix; "energies" (K, bands): squares of all coordinates by class and band; "norm" (1,):
+        the squared norms that images had before clipping, so that what clipping took can be given back. With p, q, r
+        for the three parts, an image's clipped vector (u, v) adds p u uᵀ, q times parts of u² and v², and at most r:
+        of norm at most sqrt(p² |u|⁴ + q² (|u|² + |v|²)² + r²) ≤ sqrt(p² + q² + r²); a unit adds its images' mean.
     """
-    low, high = space.of(units.images.images)
-    clipped = _clip(np.concatenate([low - centres[units.images.labels], high], axis=1) / SPREAD_REACH)
-    low, high = clipped[:, : space.dimension], clipped[:, space.dimension :]
-    weights = units.weights()[:, None]
-    energies = np.zeros((len(centres), space.band_count))
-    np.add.at(energies, units.images.labels, weights * space.by_band(np.square(low), np.square(high)))
-    return {"squares": SQUARES_PART * pack((low * weights).T @ low), "energies": ENERGIES_PART * energies}
+    d, weights = space.dimension, units.weights()[:, None]
+    squares, energies = np.zeros((d, d)), np.zeros((len(centres), space.band_count))
+    norm = np.zeros(1)
+    for these in _portions(len(weights)):
+        low, high = space.of(units.images.images[these])
+        labels = units.images.labels[these]
+        whole = np.concatenate([low - centres[labels], high], axis=1)
+        norm += weights[these, 0] @ np.minimum(np.square(whole).sum(axis=1) / NORM_REACH**2, 1.0)
+        clipped = _clip(whole / SPREAD_REACH)
+        low, high = clipped[:, :d], clipped[:, d:]
+        squares += (low * weights[these]).T @ low
+        np.add.at(energies, labels, weights[these] * space.by_band(np.square(low), np.square(high)))
+    return {
+        "squares": SQUARES_PART * pack(squares), "energies": ENERGIES_PART * energies, "norm": NORM_PART * norm
+    }  # fmt: skip
 
 
 def pack(matrix: Floats) -> Floats:

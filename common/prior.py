@@ -13,11 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.moments import ENERGIES_PART, SPREAD_REACH, SQUARES_PART, Coordinates, Floats, class_means, unpack
+from common.moments import (
+    ENERGIES_PART,
+    NORM_PART,
+    NORM_REACH,
+    SPREAD_REACH,
+    SQUARES_PART,
+    Coordinates,
+    Floats,
+    class_means,
+    unpack,
+)
 
 _SMALLEST = 0.05  # of the median variance: noise may leave no variance at all
 _TYPICAL = 0.05  # squared, how far a class's mean factor is from 1 as a rule, and its factors from that mean
 _LEAST, _MOST = 0.2, 5.0  # of a class's factor in a band
+_LARGEST_BACK = 16.0  # of a squared length: clipping at a quarter
 _STEEPEST = 0.95  # a direction keeps at least 5 % of the variance that its coordinates would have if independent
 
 
@@ -48,24 +59,26 @@ class Prior:
 
     @classmethod
     def fit(
-        cls, space: Coordinates, sums: Floats, squares: Floats, energies: Floats, counts: Floats, *, noise_std: float
-    ) -> Prior:
+        cls, space: Coordinates, sums: Floats, squares: Floats, energies: Floats, norm: Floats, counts: Floats, *,
+        noise_std: float,
+    ) -> Prior:  # fmt: skip
         """From noisy sums over all sites.
 
         Args:
-            sums, squares, energies: of `class_sums` and `spread_sums`.
+            sums, squares, energies, norm: of `class_sums` and `spread_sums`.
             counts: (K,), noisy.
             noise_std: of each number in the sums.
         """
         counts = np.maximum(counts, 1.0)
-        shares, total, reach = counts / counts.sum(), counts.sum(), SPREAD_REACH**2
+        shares, total = counts / counts.sum(), counts.sum()
         means = class_means(sums, counts, space, noise_std=noise_std)
-        scale = reach / total / SQUARES_PART
+        back = taken_by_clipping(energies, norm, noise_std=noise_std)
+        scale = back * SPREAD_REACH**2 / total / SQUARES_PART
         within = _symmetric(space, unpack(squares, space.dimension) * scale, noise_std * scale)
         overall = shares @ means
         apart = means - overall
         everything = within + (apart.T * shares) @ apart
-        energy = np.maximum(energies.sum(axis=0) * reach / total / ENERGIES_PART, 0.0)
+        energy = np.maximum(energies.sum(axis=0) * back * SPREAD_REACH**2 / total / ENERGIES_PART, 0.0)
         high = _spread(space, energy)
         factors = band_factors(energies, counts, noise_std=noise_std)
         stretch = np.sqrt(factors[:, space.bands[space.low]])
@@ -74,6 +87,20 @@ class Prior:
             space, np.vstack([means, overall]), covariances,
             np.concatenate([high * factors[:, space.bands], high[None]]),
         )  # fmt: skip
+
+
+def taken_by_clipping(energies: Floats, norm: Floats, *, noise_std: float) -> float:
+    """By what to multiply clipped squares to undo what clipping took from them on average, 1 to 16.
+
+    Clipping shortens an image's vector and leaves its direction, so what it takes from a covariance is a factor, but
+    for how direction and length go together.
+
+    Args:
+        energies: (K, bands), norm: (1,), noisy, of `spread_sums`.
+        noise_std: of each number.
+    """
+    left = max(float(energies.sum()), noise_std * math.sqrt(energies.size), 1e-9) * SPREAD_REACH**2 / ENERGIES_PART
+    return float(np.clip(norm[0] * NORM_REACH**2 / NORM_PART / left, 1.0, _LARGEST_BACK))
 
 
 def band_factors(energies: Floats, counts: Floats, *, noise_std: float) -> Floats:

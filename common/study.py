@@ -60,6 +60,13 @@ class NetworkConfig(Settings):
     heads: tuple[int, ...] = Field(default=(2, 4), min_length=1, max_length=4)
     window: int = Field(default=7, ge=2, le=16, description="window side, tokens")
     mlp_ratio: float = Field(default=2.0, gt=0, le=8)
+    class_conditional: bool | None = Field(
+        default=None, description="whether the network is told the class; default: only where no class moments tell it"
+    )
+    time_share: float | None = Field(
+        default=None, gt=0, le=1, description="share of the time steps, the cleaner ones, at which the network acts; "
+        "default: a half where there are class moments, else all"
+    )  # fmt: skip
 
 
 class DiffusionConfig(Settings):
@@ -137,6 +144,9 @@ class GenerationConfig(Settings):
     )
     sampler: Literal["ancestral", "ddim", "dpm-solver++"] = "dpm-solver++"
     steps: int = Field(default=15, ge=2, le=4000)
+    temperature: float = Field(
+        default=0.7, gt=0, le=1, description="of the Gaussian's variance, when images are drawn; 1 = as the moments are"
+    )
     guidance: float = Field(
         default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
     )
@@ -221,6 +231,18 @@ class Study(Settings):
     def symmetry(self) -> Symmetry:
         """Which changes of an image mean nothing: as the study says, or by its modality."""
         return self.data.symmetry or _SYMMETRIES[self.study.modality]
+
+    @property
+    def class_conditional(self) -> bool:
+        """Whether the network is told the class: as the study says, or where nothing else holds the classes apart."""
+        own = self.network.class_conditional
+        return self.privacy.moments_share == 0 if own is None else own
+
+    @property
+    def network_steps(self) -> int:
+        """At how many time steps, from 0, the network acts; at noisier ones the Gaussian stands alone."""
+        share = self.network.time_share or (1.0 if self.privacy.moments_share == 0 else 0.5)
+        return max(1, round(share * self.diffusion.timesteps))
 
     @property
     def sha256(self) -> str:

@@ -18,7 +18,7 @@ from server import pipeline
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
 from server.progress import Progress
-from server.synthesis.public_set import public_images
+from server.synthesis.public_set import check_public_set
 
 app = ServerApp()
 RUN_VARIABLE = "SYNTHWARD_RUN"
@@ -44,6 +44,5 @@ def run_folder(context: Context) -> RunFolder:
     if not file:
         raise StudyError("no study given", where="run-config: study", remedy="Pass --run-config 'study=\"PATH\"'.")
     study = load_study(Path(file))
-    if study.pretrain.source == "npz":
-        public_images(study)  # before any site is asked
+    check_public_set(study)  # before any site is asked
     return RunFolder.create(Path(str(context.run_config.get("out", "") or "runs")), study, plan_study(study))

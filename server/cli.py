@@ -85,12 +85,11 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from common.files import atomic_write
     from common.study import load_study, study_toml
     from server.launch import approve, check_sites, write_site_files
-    from server.synthesis.public_set import public_images
+    from server.synthesis.public_set import check_public_set
 
     study = load_study(study_path, overrides)
     print(f"{study.study.name}: solving for the noise and checking the sites' data ...", file=sys.stderr, flush=True)
-    if study.pretrain.source == "npz":
-        public_images(study)  # only to see that it can be had: hours later is too late
+    check_public_set(study)
     with tempfile.TemporaryDirectory(prefix="synthward-") as scratch:
         file = Path(scratch) / "study.toml"
         atomic_write(file, study_toml(study).encode())

@@ -5,7 +5,7 @@ SPDX-License-Identifier: Apache-2.0
     with gate.spend(plan, ...) as permit:      policy and ceilings checked, loss reserved on the disk: counted as spent
         for _ in range(plan.steps):
             mask = permit.sample(records)      Poisson sampling at the plan's rate
-            noisy = permit.noisy(total)        clip-bounded sum + noise; at most plan.steps times
+            noisy = permit.noisy(total)        clip-bounded sum + noise; at most plan.steps times, or in parts of a step
         released = permit.seal(reply)          stored at the site, then confirmed; only this can be sent
 
 The same request (the same bytes) is answered from the store and spends nothing.
@@ -51,23 +51,34 @@ class Permit:
     def __init__(self, gate: Gate, plans: tuple[MechanismPlan, ...], numbers: tuple[int, ...]) -> None:
         self._gate = gate
         self._numbers = numbers
-        self._left = {plan.name: plan.steps for plan in plans}
+        self._left = {plan.name: float(plan.steps) for plan in plans}
         self._plans = {plan.name: plan for plan in plans}
 
     def sample(self, name: str, records: int) -> NDArray[np.bool_]:
         """A Poisson mask over `records` records at the plan's sample_rate."""
         return self._gate.source.poisson_mask(records, self._plans[name].sample_rate)
 
-    def noisy(self, name: str, total: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Release one sum of mechanism `name`; its parts together have the plan's sensitivity.
+    def noisy(self, name: str, total: Mapping[str, torch.Tensor], *, part: float = 1.0) -> dict[str, torch.Tensor]:
+        """Release one sum of mechanism `name`, or a part of one, with the noise of a whole one.
+
+        Gaussian releases of all records compose exactly by the squares of sensitivity over noise, and a later one may
+        be chosen after an earlier one is seen (Dong, Roth and Su 2022, corollary 3.3). So parts whose squares sum to 1
+        cost what one whole release costs.
+
+        Args:
+            total: changes by at most `part` × the plan's sensitivity in L2 when one record is added or removed.
+            part: in (0, 1].
 
         Raises:
             BudgetError: the mechanism's planned steps are used up.
+            ValueError: not a part, or a part of a release of sampled records, which do not compose like this.
         """
-        if self._left[name] < 1:
-            raise BudgetError(f"'{name}' has made all its planned steps", where="gate")
-        self._left[name] -= 1
         plan = self._plans[name]
+        if not 0 < part <= 1 or (part < 1 and plan.sample_rate != 1):
+            raise ValueError(f"a release of '{name}' has no part of {part:g}")
+        if self._left[name] < part**2:
+            raise BudgetError(f"'{name}' has made all its planned steps", where="gate")
+        self._left[name] -= part**2
         return gaussian_release(
             total, noise_multiplier=plan.noise_multiplier, sensitivity=plan.sensitivity, source=self._gate.source
         )

@@ -13,7 +13,7 @@ from client.site import Site
 from common.errors import BudgetError, ReplyError
 from common.messages import MomentsReply, MomentsRequest, Spent
 from common.model.diffusion_model import space_of
-from common.moments import class_means, class_sums, spread_sums
+from common.moments import MEANS_PART, SPREAD_PART, class_means, class_sums, spread_sums
 
 
 def moments(site: Site, gate: Gate, request: MomentsRequest) -> Released[MomentsReply]:
@@ -31,10 +31,11 @@ def moments(site: Site, gate: Gate, request: MomentsRequest) -> Released[Moments
     if counts.shape != (classes,) or not np.isfinite(counts).all():
         raise ReplyError(f"{len(counts)} class counts for {classes} classes, or not finite", where="request")
     with gate.spend(plan) as permit:
-        sums = permit.noisy(plan.name, {"means": torch.from_numpy(class_sums(site.train, classes, space))})
+        first = {"means": torch.from_numpy(class_sums(site.train, classes, space))}
+        sums = permit.noisy(plan.name, first, part=MEANS_PART)
         centres = class_means(sums["means"].numpy(), counts, space, noise_std=plan.noise_multiplier * plan.sensitivity)
         spread = {name: torch.from_numpy(part) for name, part in spread_sums(site.train, centres, space).items()}
-        noisy = {**sums, **permit.noisy(plan.name, spread)}
+        noisy = {**sums, **permit.noisy(plan.name, spread, part=SPREAD_PART)}
         reply = MomentsReply(
             site=site.config.name, spent=Spent(0.0, 0.0, 0, 0),
             arrays={name: part.numpy() for name, part in noisy.items()},

@@ -101,7 +101,7 @@ class _Step:
         diffusion = study.diffusion
         self._loss = DiffusionLoss(
             NoiseSchedule(diffusion.timesteps), diffusion.noise_multiplicity, diffusion.label_dropout,
-            len(study.data.classes), weighting=diffusion.weighting,
+            len(study.data.classes), weighting=diffusion.weighting, steps=study.network_steps,
         )  # fmt: skip
         self._generator = torch.Generator()
         self._choice = np.random.default_rng(self._generator.seed() % 2**63)  # which image of a patient: no secret

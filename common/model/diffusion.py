@@ -76,13 +76,14 @@ class DiffusionLoss:
             steps, whose velocity is nearly all noise, do not outweigh the rest (Hang et al. 2023, eq. 7, for velocity).
         label_dropout: probability of training a draw on the null class (Ho and Salimans 2022).
         null_class: index of the null class.
+        steps: time steps are drawn from 0 … steps - 1; by default from all.
     """
 
     def __init__(
         self, schedule: NoiseSchedule, noise_multiplicity: int, label_dropout: float, null_class: int, *,
-        weighting: Literal["velocity", "min-snr"] = "velocity",
+        weighting: Literal["velocity", "min-snr"] = "velocity", steps: int | None = None,
     ) -> None:  # fmt: skip
-        self.weighting = weighting
+        self.weighting, self.steps = weighting, steps or schedule.timesteps
         self.schedule, self.draws_per_record = schedule, noise_multiplicity
         self.label_dropout, self.null_class = label_dropout, null_class
 
@@ -90,7 +91,7 @@ class DiffusionLoss:
         """Fresh draws for `records` images of `shape` (C, H, W)."""
         k = self.draws_per_record
         return Draws(
-            t=torch.randint(self.schedule.timesteps, (records, k), generator=generator),
+            t=torch.randint(self.steps, (records, k), generator=generator),
             noise=torch.randn(records, k, *shape, generator=generator, dtype=dtype),
             keep_label=torch.rand(records, k, generator=generator) >= self.label_dropout,
         )

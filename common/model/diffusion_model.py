@@ -3,7 +3,9 @@
 SPDX-License-Identifier: Apache-2.0
 
 The U-Net's last layer begins at zero, so that before any training the model draws exactly what the private moments
-describe; noisy gradients are spent on the rest alone (docs/adr/0011).
+describe; noisy gradients are spent on the rest alone (docs/adr/0011). The U-Net is not told the class where the
+Gaussian is: noise in what it would learn of classes is a mark that every image of a class bears, and a classifier finds
+it. Nor does it act at the noisier time steps, where classes are decided (docs/adr/0013).
 """
 
 from __future__ import annotations
@@ -42,19 +44,27 @@ class DiffusionModel(nn.Module):
         prior = prior or Prior.public(space_of(study), len(study.data.classes))
         self.prior = GaussianVelocity(prior, NoiseSchedule(study.diffusion.timesteps))
         self.swin = SwinUNet(study.network, study.data)
+        self._told, self._null_class = study.class_conditional, len(study.data.classes)
+        self._acts_below = study.network_steps
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, K, C, H, W), t (B, K), y (B, K) -> (B, K, C, H, W)."""
-        return self.prior(x, t, y) + self.swin(x, t, y)
+        acts = t < self._acts_below
+        if not self.training and not bool(acts.any()):
+            return self.prior(x, t, y)
+        rest = self.swin(x, t, y if self._told else torch.full_like(y, self._null_class))
+        return self.prior(x, t, y) + rest * acts[..., None, None, None]
 
     def train_only(self, which: str) -> list[str]:
         """Let only these parameters require a gradient, and name them.
 
         Args:
-            which: "all"; "modulation": biases, labels and the last layers; "head": the last layer.
+            which: "all"; "modulation": biases, labels and the last layers; "head": the last layer. Labels that the
+                network is not told are never among them.
         """
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(re.search(_TRAINED[which], name) is not None)
+            told = self._told or not name.startswith("swin.label.")
+            parameter.requires_grad_(told and re.search(_TRAINED[which], name) is not None)
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def weights(self) -> Arrays:
@@ -76,6 +86,12 @@ def initial_weights(study: Study) -> Arrays:
 def with_prior(weights: Arrays, prior: Prior) -> Arrays:
     """The weights with another prior."""
     return {**weights, **{f"prior.{name}": array for name, array in buffers(prior).items()}}
+
+
+def cooled(weights: Arrays, temperature: float) -> Arrays:
+    """The weights with the prior's variances times `temperature`, in (0, 1] (docs/adr/0014)."""
+    variances = ("prior.values", "prior.high")
+    return {**weights, **{name: weights[name] * np.float32(temperature) for name in variances}}
 
 
 def load_model(study: Study, weights: Arrays) -> DiffusionModel:

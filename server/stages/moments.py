@@ -63,7 +63,7 @@ def _ask(session: Session) -> Prior:
     counts = np.sum([np.maximum(m.counts, 1.0) for m in session.members.values() if m.site in sums], axis=0)
     total = {name: np.sum([part[name] for part in sums.values()], axis=0) for name in next(iter(sums.values()))}
     return Prior.fit(
-        space_of(study), total["means"], total["squares"], total["energies"], counts,
+        space_of(study), total["means"], total["squares"], total["energies"], total["norm"], counts,
         noise_std=math.sqrt(len(sums)) * plan.noise_multiplier * plan.sensitivity,
     )  # fmt: skip
 
@@ -74,7 +74,8 @@ def _screen(session: Session, answers: Answers) -> tuple[dict[str, Arrays], dict
     space = space_of(study)
     classes = len(study.data.classes)
     expected = {
-        "means": (classes, space.dimension), "squares": (space.packed,), "energies": (classes, space.band_count)
+        "means": (classes, space.dimension), "squares": (space.packed,), "energies": (classes, space.band_count),
+        "norm": (1,),
     }  # fmt: skip
     sums: dict[str, Arrays] = {}
     reasons = session.excuses(answers)

@@ -18,7 +18,7 @@ from common.files import atomic_write
 from common.images import ImageSet, to_uint8
 from common.messages import Arrays
 from common.model.diffusion import NoiseSchedule
-from common.model.diffusion_model import load_model
+from common.model.diffusion_model import cooled, load_model
 from common.model.samplers import sample
 from common.study import Study
 
@@ -59,7 +59,7 @@ def generate(
     Returns:
         uint8 images (N, C, H, W) with their labels; no patients, for there are none.
     """
-    net = load_model(study, weights)
+    net = load_model(study, cooled(weights, study.generation.temperature))
     schedule = NoiseSchedule(study.diffusion.timesteps)
     shape = (study.data.channels, study.data.image_size, study.data.image_size)
     size = study.generation.batch_size

@@ -51,7 +51,7 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
     net, x, y = model, to_unit(images.images), torch.from_numpy(images.labels)
     loss = DiffusionLoss(
         NoiseSchedule(study.diffusion.timesteps), 1, study.diffusion.label_dropout, len(study.data.classes),
-        weighting=study.diffusion.weighting,
+        weighting=study.diffusion.weighting, steps=study.network_steps,
     )  # fmt: skip
     noise = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.swin.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -78,4 +78,4 @@ def exact_prior(study: Study, images: ImageSet) -> Prior:
     sums = class_sums(units, classes, space)
     counts = np.bincount(images.labels, minlength=classes).astype(np.float64)
     spread = spread_sums(units, class_means(sums, counts, space, noise_std=0.0), space)
-    return Prior.fit(space, sums, spread["squares"], spread["energies"], counts, noise_std=0.0)
+    return Prior.fit(space, sums, spread["squares"], spread["energies"], spread["norm"], counts, noise_std=0.0)

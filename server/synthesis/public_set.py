@@ -18,6 +18,16 @@ from common.phantoms import public_phantoms
 from common.study import Study
 
 
+def check_public_set(study: Study) -> None:
+    """See that the public set of a study that will read one can be had; hours later is too late.
+
+    Raises:
+        DataError: as `public_images` does.
+    """
+    if study.pretrain.source == "npz" and study.training.rounds:
+        public_images(study)
+
+
 def public_images(study: Study) -> ImageSet:
     """What `pretrain.source` says: phantoms of the study's modality, or the train partition of `pretrain.path`.
 

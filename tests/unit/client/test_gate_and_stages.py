@@ -203,6 +203,25 @@ def test_a_mechanism_makes_no_more_than_its_planned_steps(site):
             permit.noisy("counts", {"counts": torch.zeros(2)})
 
 
+def test_parts_of_a_release_add_up_by_their_squares_and_have_the_noise_of_a_whole_one(site, releases):
+    plan = agreement().plan.counts
+    gate = site.gate(agreement(), "x")
+    with gate.spend(plan) as permit:
+        permit.noisy("counts", {"counts": torch.zeros(2)}, part=0.6)
+        with pytest.raises(BudgetError, match="planned steps"):
+            permit.noisy("counts", {"counts": torch.zeros(2)}, part=0.81)
+        permit.noisy("counts", {"counts": torch.zeros(2)}, part=0.79)
+        with pytest.raises(BudgetError, match="planned steps"):
+            permit.noisy("counts", {"counts": torch.zeros(2)}, part=0.3)
+    for _, _, settings in releases:
+        assert (settings["noise_multiplier"], settings["sensitivity"]) == (plan.noise_multiplier, plan.sensitivity)
+    gate = site.gate(agreement(), "y")
+    with gate.spend(agreement().plan.train) as permit:
+        for part in (0.5, 0.0, -0.5, 1.5, math.nan):  # of a sampled sum there are no parts
+            with pytest.raises(ValueError, match="no part"):
+                permit.noisy("train", {"counts": torch.zeros(2)}, part=part)
+
+
 @pytest.mark.parametrize(
     ("policy", "rule"),
     [("max_epsilon = 1.0", "max_epsilon"), ("max_study_delta = 1e-9", "max_study_delta"),

@@ -10,6 +10,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 
 from common.accounting import PARTITIONS, PrivacyLoss, StudyPlan, check_plan, epsilon_of, plan_study
 from common.errors import BudgetError
+from common.moments import MEANS_PART
 from support.studies import tiny_study
 
 DELTA = 1e-5
@@ -90,11 +91,14 @@ def test_without_a_round_the_moments_get_what_training_would_have_got():
         check_plan(tiny_study(), plan)
 
 
-def test_the_two_steps_of_the_moments_cost_what_one_of_sensitivity_sqrt_2_would():
-    moments = plan_study(tiny_study()).moments
-    together = epsilon_of([moments.whole_loss], delta=DELTA, accountant="prv")
-    joint = PrivacyLoss(moments.noise_multiplier / math.sqrt(2), 1.0, 1)
-    assert together == pytest.approx(epsilon_of([joint], delta=DELTA, accountant="prv"), abs=0.02)
+@pytest.mark.parametrize("part", [0.1, 0.4, MEANS_PART, 0.7])
+def test_two_parts_of_a_release_cost_what_the_whole_costs(part):
+    """A sum of sensitivity p under the noise of a whole one has a noise_multiplier of sigma / p."""
+    whole = plan_study(tiny_study()).moments.whole_loss
+    other = math.sqrt(1 - part**2)
+    parts = [PrivacyLoss(whole.noise_multiplier / p, 1.0, 1) for p in (part, other)]
+    together = epsilon_of(parts, delta=DELTA, accountant="prv")
+    assert together == pytest.approx(epsilon_of([whole], delta=DELTA, accountant="prv"), abs=0.02)
 
 
 def test_an_impossible_budget_says_what_would_be_possible():
@@ -111,7 +115,7 @@ def test_an_impossible_budget_says_what_would_be_possible():
         lambda p: replace(p, train=replace(p.train, releases=p.train.releases + 5)),
         lambda p: replace(p, train=replace(p.train, sample_rate=p.train.sample_rate / 2)),
         lambda p: replace(p, counts=replace(p.counts, partition="holdout")),
-        lambda p: replace(p, moments=replace(p.moments, steps=1)),
+        lambda p: replace(p, moments=replace(p.moments, steps=2)),
         lambda p: replace(p, moments=None),
         lambda p: replace(p, train=None),
         lambda p: replace(p, evaluate=replace(p.evaluate, sensitivity=1.0)),

@@ -8,7 +8,7 @@ import torch
 
 from common.images import ImageSet
 from common.model.diffusion import NoiseSchedule
-from common.model.diffusion_model import DiffusionModel, initial_weights, load_model, with_prior
+from common.model.diffusion_model import DiffusionModel, cooled, initial_weights, load_model, with_prior
 from common.model.gaussian import GaussianVelocity
 from common.model.samplers import sample
 from common.moments import coordinates, dct_basis
@@ -101,13 +101,61 @@ def test_before_training_the_model_draws_what_the_prior_describes():
 def test_only_the_chosen_parameters_are_trained_and_the_prior_never_is():
     model = DiffusionModel(tiny_study())
     names = {which: set(model.train_only(which)) for which in ("all", "modulation", "head")}
-    assert names["head"] < names["modulation"] < names["all"] == {name for name, _ in model.named_parameters()}
+    assert names["head"] < names["modulation"] < names["all"]
+    assert {name for name, _ in model.named_parameters()} - names["all"] == {"swin.label.weight"}
+    told = DiffusionModel(tiny_study(privacy={"moments_share": 0.0}))
+    assert set(told.train_only("modulation")) == names["modulation"] | {"swin.label.weight"}
     assert not any(name.startswith("prior.") for name in names["all"])
     assert {name for name in model.state_dict() if name.startswith("prior.")} == {
         "prior.means", "prior.vectors", "prior.values", "prior.high"
     }  # fmt: skip
     model.train_only("head")
     assert sum(p.requires_grad for p in model.parameters()) == len(names["head"])
+
+
+@pytest.mark.parametrize("own", [None, True, False])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_the_network_is_told_the_class_where_no_moments_tell_it_or_as_the_study_says(own, share):
+    changes = {} if own is None else {"network": {"class_conditional": own}}
+    study = tiny_study(privacy={"moments_share": share}, **changes)
+    told = share == 0.0 if own is None else own
+    assert study.class_conditional is told
+    torch.manual_seed(1)
+    model = DiffusionModel(study)
+    for parameter in model.swin.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(2, 1, 1, 16, 16), torch.zeros(2, 1, dtype=torch.int64)
+    first, second = (
+        model(x, t, torch.full((2, 1), label)) - model.prior(x, t, torch.full((2, 1), label)) for label in (0, 1)
+    )
+    assert bool(torch.allclose(first, second, atol=1e-4)) is not told
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_beside_moments_the_network_acts_at_the_nearly_clean_half_of_the_time_steps_only(share):
+    study = tiny_study(privacy={"moments_share": share})
+    assert study.network_steps == (100 if share == 0.0 else 50)
+    assert tiny_study(network={"time_share": 0.2}).network_steps == 20
+    model = DiffusionModel(study)
+    for parameter in model.swin.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, y = torch.randn(2, 1, 1, 16, 16), torch.zeros(2, 1, dtype=torch.int64)
+    for training in (True, False):
+        model.train(training)
+        rest = [
+            float((model(x, t, y) - model.prior(x, t, y)).detach().abs().max())
+            for t in (torch.full((2, 1), 49), torch.full((2, 1), 50))
+        ]
+        assert rest[0] > 0.01
+        assert (rest[1] > 0.01) is (share == 0.0)
+
+
+def test_cooled_weights_have_smaller_variances_and_all_else_as_it_was():
+    weights = initial_weights(tiny_study())
+    cool = cooled(weights, 0.7)
+    for name, array in weights.items():
+        factor = 0.7 if name in ("prior.values", "prior.high") else 1.0
+        np.testing.assert_allclose(cool[name], array * np.float32(factor), rtol=1e-6)
 
 
 def test_weights_of_another_study_are_refused():

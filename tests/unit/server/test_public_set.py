@@ -8,7 +8,7 @@ import pytest
 from common.errors import DataError, StudyError
 from common.files import sha256_file
 from server.synthesis.pretrain import pretrained
-from server.synthesis.public_set import public_images
+from server.synthesis.public_set import check_public_set, public_images
 from support.datasets import good_arrays, write_npz
 from support.studies import tiny_study
 
@@ -44,6 +44,14 @@ def test_another_file_a_missing_one_and_one_of_other_images_are_refused_in_a_lin
     with pytest.raises(DataError, match=f"its SHA-256 is {sha256_file(file)}") as refused:
         public_images(study)
     assert "pretrain.path" in str(refused.value)
+
+
+def test_a_public_set_is_asked_for_before_a_study_that_reads_it_and_no_other():
+    nowhere = {"source": "npz", "path": "nowhere.npz", "sha256": "0" * 64}
+    with pytest.raises(DataError, match="no such file"):
+        check_public_set(tiny_study(pretrain=nowhere))
+    check_public_set(tiny_study(pretrain=nowhere, training={"rounds": 0}))
+    check_public_set(tiny_study())
 
 
 @pytest.mark.parametrize(
