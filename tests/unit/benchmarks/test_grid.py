@@ -25,6 +25,12 @@ def test_the_default_at_the_bars_epsilon_comes_first_on_every_set_with_three_see
     assert {(row.epsilon, row.recipe) for row in first} == {(8.0, "default")}
 
 
+def test_moments_only_has_the_defaults_seeds_where_the_bars_are():
+    seeds = {recipe: {(row.dataset, row.seed) for row in full_grid() if (row.epsilon, row.recipe) == (8.0, recipe)}
+             for recipe in ("default", "moments")}  # fmt: skip
+    assert seeds["moments"] == seeds["default"] and len(seeds["default"]) == 3 * len(DATASETS)
+
+
 def test_every_epsilon_meets_every_recipe_on_every_set():
     cells = {(row.dataset, row.epsilon, row.recipe) for row in full_grid()}
     assert cells == {(d, e, r) for d in DATASETS for e in (1.0, 3.0, 8.0, NEARLY_NO_NOISE) for r in RECIPES}
