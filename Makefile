@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint fmt report bench-utility clean
+.PHONY: help install demo test test-all mutations lint fmt report bench-utility clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -41,13 +41,16 @@ test: install    ## everything that is quick: under 10 minutes on two cores
 test-all: install  ## also the slow ones
 	@$(BIN)/python -m pytest -m ""
 
+mutations: install  ## takes out one guard at a time; the quick tests have to see each (about an hour)
+	@$(BIN)/python tests/mutations.py $(ARGS)
+
 lint: install    ## ruff, types, import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports --no-logo --no-cache
 
-fmt: install     ## format, and mend what ruff can mend
+fmt: install     ## format, and fix what ruff can fix
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

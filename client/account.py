@@ -185,7 +185,7 @@ def budget_table(account: Account) -> str:
     """The account as plain text."""
     lines = [f"{account.site}: epsilon {account.epsilon['train']:.3f} on training records and "
              f"{account.epsilon['holdout']:.3f} on held-out ones, of {account.ceiling:g} (delta {account.delta:g}, "
-             f"{account.accountant.upper()})"]  # fmt: skip
+             f"{account.accountant.upper()}); {account.left:.3f} left"]  # fmt: skip
     for study in account.studies:
         state = "approved" if study.approved else ("revoked" if study.decisions else "not approved")
         lines += ["", f"{study.name}  {study.sha256[:12]}  {state}"]

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.commands import run
-from common.errors import SynthwardError
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
     from client.privacy.ledger import Ledger
     from client.site import SiteConfig
+    from common.accounting import StudyPlan
+    from common.study import Study
 
 app = typer.Typer(
     help="A hospital's side of a synthward study. Only `serve` answers anybody, and only over a local socket.",
@@ -34,29 +36,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @app.command()
 def init(
-    site: Annotated[Path, typer.Argument(help="the site file to write", metavar="SITE.toml")],
-    name: Annotated[str, typer.Option(help="what the coordinator may call this site")],
-    data: Annotated[Path, typer.Option(help="the images (npz), absolute or relative to the site file")],
+    sites: Annotated[list[Path], typer.Argument(help="the site file to write", metavar="SITE.toml")],
+    name: Annotated[str | None, typer.Option(help="what the coordinator may call this site")] = None,
+    data: Annotated[Path | None, typer.Option(help="the images (npz), absolute or relative to the site file")] = None,
 ) -> None:
-    """Write a commented site file with this hospital's policy, and its empty ledger. Overwrites nothing.
+    """Write a commented site file with this hospital's policy, and begin its ledger. Overwrites nothing.
+
+    For a site file that is there already, without --name and --data: begin its ledger only. No other command makes one.
 
     Example: synthward-site init /srv/synthward/site.toml --name hospital-a --data images.npz
     """
-    from client.site import load_site_config
-    from client.template import site_file_text
+    from client.beginning import begin
     from common.errors import DataError
-    from common.files import atomic_write
 
-    if site.exists():
-        raise DataError("exists already", where=str(site), remedy="Edit it, or give another path.")
-    atomic_write(site, site_file_text(name, data).encode())
-    try:
-        config = load_site_config(site)
-    except SynthwardError:
-        site.unlink()
-        raise
-    config.ledger().close()
-    print(f"{site}: written; read its [policy] and set this hospital's ceilings\n{config.state}: ledger begun")
+    if len(sites) > 1 and (name is not None or data is not None):
+        raise DataError("one name and one file of images are of one site", where="init", remedy="Give one SITE.toml.")
+    for site in sites:
+        config = begin(site, name, data)
+        if name is not None:
+            print(f"{site}: written; read its [policy] and set this hospital's ceilings")
+        print(f"{config.state}: ledger begun; back this folder up whole")
 
 
 @app.command()
@@ -66,15 +65,12 @@ def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
     Example: synthward-site check site.toml --study configs/pneumonia.toml
     """
     from client.site import Site
-    from common.accounting import plan_study
-    from common.study import load_study
 
-    settings = load_study(study)
-    plan, rows = plan_study(settings), []
+    settings, plan = _tried(study, sites)
+    rows = []
     for path in sites:
         site = Site.open(path, settings)
-        # Whether it is approved is another matter: the check comes before, and `explain` after.
-        site.config.policy.permit(settings, plan, site.cohort, approved=True)
+        site.config.policy.permit(settings, plan, site.cohort)
         report = site.report
         rows.append({"name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
                      "holdout": list(report.holdout_counts), "warnings": list(report.warnings)})  # fmt: skip
@@ -98,17 +94,14 @@ def explain(site: OneSite, study: StudyArgument) -> None:
 
     Example: synthward-site explain site.toml configs/pneumonia.toml
     """
+    from client.approval import judge
     from client.explain import explain as page
-    from client.explain import judge
     from client.site import Site
-    from common.accounting import plan_study
-    from common.study import load_study
 
-    settings = load_study(study)
-    plan, opened = plan_study(settings), Site.open(site, settings)
-    ledger = opened.config.ledger()
-    verdict = judge(opened, ledger, settings, plan)
-    ledger.close()
+    settings, plan = _tried(study, [site])
+    with closing(_ledger(site)[1]) as ledger:
+        opened = Site.open(site, settings)
+        verdict = judge(opened, ledger, settings, plan)
     print(page(opened, settings, plan, verdict), end="")
     if not verdict.possible:
         raise SystemExit(3)
@@ -116,39 +109,54 @@ def explain(site: OneSite, study: StudyArgument) -> None:
 
 @app.command()
 def approve(sites: Sites, study: StudyFile, by: By) -> None:
-    """Let a study ask this site for what its file says; written into the ledger with name and time.
+    """Let a study ask this site for what its file says, of the records that are here now.
 
-    Read first what `synthward-site explain` says of it.
+    Opens and checks the images, asks every rule of the policy, and writes plan, data digest, name and time into the
+    ledger. Read first what `synthward-site explain` says. When the images change, approve again.
 
     Example: synthward-site approve site.toml --study configs/pneumonia.toml --by "Dr. A. Example, data protection"
     """
-    from common.study import load_study
+    from client.approval import approve as decide
+    from client.approval import clean_name
+    from client.explain import cost_in_words, room_in_words
+    from client.site import Site
 
-    settings = load_study(study)
-    privacy = settings.privacy
-    for config, ledger in _ledgers(sites):
-        ledger.note("approved", settings.sha256, by=_name(by), name=settings.study.name, epsilon=privacy.epsilon,
-                    delta=privacy.delta)  # fmt: skip
-        print(f"{config.name}: study {settings.study.name} ({settings.sha256[:12]}) is approved by {by}")
+    who = clean_name(by)
+    settings, plan = _tried(study, sites)
+    for path in sites:
+        with closing(_ledger(path)[1]) as ledger:
+            site = Site.open(path, settings)
+            approval, verdict = decide(site, ledger, settings, plan, by=who)
+        print(f"{site.config.name}: study {approval.name} ({approval.study[:12]}) is approved by {approval.by}")
+        print(f"  cost     {cost_in_words(settings, plan)}")
+        print(f"  ceiling  {room_in_words(verdict, site.config.policy.max_epsilon)}")
+        for warning in verdict.warnings:
+            print(f"  warning  {warning}")
 
 
 @app.command()
-def revoke(sites: Sites, study: StudyFile, by: By) -> None:
+def revoke(
+    sites: Sites,
+    by: By,
+    study: Annotated[Path | None, typer.Option("--study", help="by its file", metavar="STUDY.toml")] = None,
+    sha256: Annotated[str | None, typer.Option("--sha256", help="by (the first digits of) its SHA-256")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="by its name")] = None,
+) -> None:
     """Take an approval back: from now on the study gets nothing but a refusal. What was spent stays spent.
 
     Example: synthward-site revoke site.toml --study configs/pneumonia.toml --by "Dr. A. Example, data protection"
     """
+    from client.approval import chosen, clean_name
     from common.errors import DataError
-    from common.study import load_study
+    from common.study_file import load_study
 
-    settings = load_study(study)
+    if [study, sha256, name].count(None) != 2:
+        raise DataError("say which study, in one way", where="revoke", remedy="Give --study, --sha256 or --name.")
+    who, digest = clean_name(by), sha256 if study is None else load_study(study).sha256
     for config, ledger in _ledgers(sites):
-        if ledger.approval(settings.sha256) is None:
-            raise DataError(
-                f"study {settings.study.name} ({settings.sha256[:12]}) is not approved here", where=str(config.state)
-            )
-        ledger.note("revoked", settings.sha256, by=_name(by), name=settings.study.name)
-        print(f"{config.name}: the approval of {settings.study.name} ({settings.sha256[:12]}) is revoked")
+        approval = chosen(ledger, sha256=digest, name=name)
+        ledger.revoke(approval.study, by=who)
+        print(f"{config.name}: the approval of {approval.name} ({approval.study[:12]}) is revoked")
 
 
 @app.command()
@@ -207,7 +215,7 @@ def page(
 @app.command()
 def serve(
     sites: Sites,
-    sockets: Annotated[Path, typer.Option(help="folder of the sockets, one a site: NAME OF SITE FILE.sock")],
+    sockets: Annotated[Path, typer.Option(help="folder of the sockets, one per site: NAME OF SITE FILE.sock")],
     while_stdin: Annotated[bool, typer.Option("--while-stdin", help="end when standard input closes")] = False,
 ) -> None:
     """Own the site's images and answer a study's requests over a local socket, until stopped.
@@ -223,7 +231,8 @@ def serve(
     from client.service import exposed, serving
     from client.site import load_site_config
 
-    os.umask(0o077)  # ledger, answers and log are for this user alone
+    os.umask(0o077)  # answers and log are for this user alone
+    _placed(sites)
     for path in (found for site in sites for found in exposed(load_site_config(site))):
         if not while_stdin:
             print(f"warning: {path}: every user of this machine may read it; chmod o-rwx", file=sys.stderr, flush=True)
@@ -247,30 +256,48 @@ def verify_ledger(sites: Sites) -> None:
 
     Example: synthward-site verify-ledger site.toml
     """
+    _placed(sites)
     for config, ledger in _ledgers(sites):
         number, newest = ledger.head()
         print(f"{config.name}: {number} entries, unbroken; newest hash {newest}")
 
 
-def _ledgers(sites: list[Path]) -> Iterator[tuple[SiteConfig, Ledger]]:
+def _ledger(path: Path) -> tuple[SiteConfig, Ledger]:
+    from client.registry import open_ledger
     from client.site import load_site_config
 
+    config = load_site_config(path)
+    return config, open_ledger(config.name, config.state, config.registry)
+
+
+def _ledgers(sites: list[Path]) -> Iterator[tuple[SiteConfig, Ledger]]:
     for path in sites:
-        config = load_site_config(path)
-        ledger = config.ledger()
-        try:
+        config, ledger = _ledger(path)
+        with closing(ledger):
             yield config, ledger
-        finally:
-            ledger.close()
 
 
-def _name(by: str) -> str:
-    from common.errors import DataError
+def _placed(sites: list[Path]) -> None:
+    """Hold every site's ledger against what this machine knows of it: a copy, or an older backup, stops here."""
+    from client.registry import Registry
 
-    name = " ".join(by.split())
-    if not name:
-        raise DataError("no name given", where="--by", remedy="Say who approves or revokes.")
-    return name
+    for config, ledger in _ledgers(sites):
+        registry = Registry(config.registry)
+        with registry.locked():
+            registry.place(config.name, ledger)
+
+
+def _tried(path: Path, sites: list[Path]) -> tuple[Study, StudyPlan]:
+    """A study in which everything that it names was tried, and its plan; after a look at the sites' ledgers."""
+    from common.accounting import plan_study
+    from common.preflight import try_study
+    from common.study_file import load_study
+
+    study = load_study(path)
+    for _ in _ledgers(sites):  # a site that lost its own learns it at once
+        pass
+    try_study(study)
+    return study, plan_study(study)
 
 
 def main() -> None:

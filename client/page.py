@@ -9,6 +9,7 @@ and refusal texts come from the coordinator, so every value is escaped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from typing import Any
 from client.account import Account, account_of
 from client.page_template import TEMPLATE
 from client.privacy.policy import SitePolicy
+from client.registry import open_ledger
 from client.site import load_site_config
 from common.accounting import PARTITIONS
 from common.errors import SynthwardError
@@ -43,18 +45,13 @@ class SiteView:
 
 
 def view(path: Path) -> SiteView:
-    """Read one site; a ledger that was changed is shown as such, never raised."""
+    """Read one site; a ledger that is missing or was changed is shown as such, never raised."""
     name, policy = path.stem, None
     try:
         config = load_site_config(path)
         name, policy = config.name, config.policy
-        if not (config.state / "ledger.sqlite").exists():
-            return SiteView(name, policy, None, "There is no ledger yet: nothing was asked and nothing was spent.")
-        ledger = config.ledger()
-        try:
+        with closing(open_ledger(name, config.state, config.registry)) as ledger:
             return SiteView(name, policy, account_of(name, ledger, policy), "")
-        finally:
-            ledger.close()
     except SynthwardError as error:
         return SiteView(name, policy, None, str(error))
 

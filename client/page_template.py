@@ -28,7 +28,7 @@ svg { max-width: 100%; height: auto }
 <div class="figures">
 <div><b>{{ "%.2f"|format(a.epsilon.train) }}</b>spent on images used for training</div>
 <div><b>{{ "%.2f"|format(a.epsilon.holdout) }}</b>spent on images kept for testing</div>
-<div><b>{{ "%g"|format(a.ceiling) }}</b>ceiling for each image (delta {{ a.delta }})</div>
+<div><b>{{ "%.2f"|format(a.left) }}</b>left under the ceiling of {{ "%g"|format(a.ceiling) }} (delta {{ a.delta }})</div>
 </div>
 {% if v.name in charts %}{{ charts[v.name] }}
 <p class="note">Blue: images used for training. Yellow: images kept for testing. An image is one or the other. {{ a.curve|length }} points; the last is exact to the newest entry.</p>{% endif %}
@@ -58,7 +58,8 @@ svg { max-width: 100%; height: auto }
 <tr><td>all studies together</td><td>epsilon {{ "%g"|format(p.max_epsilon) }} at delta {{ p.max_delta }}</td></tr>
 <tr><td>a single study</td><td>epsilon {{ "%g"|format(p.max_study_epsilon) }} at delta {{ p.max_study_delta }}; one stage at most {{ "%.0f"|format(100 * p.max_stage_share) }} % of it</td></tr>
 <tr><td>smallest number of units</td><td>{{ p.min_units }}, and {{ p.min_units_per_class }} in each class</td></tr>
-<tr><td>approval needed</td><td>{{ "yes" if p.require_approval else "NO" }}</td></tr>
+<tr><td>what has to be protected</td><td>{{ "whole patients, where they are known" if p.unit != "image" else "single images" }}</td></tr>
+<tr><td>approval needed</td><td>always</td></tr>
 <tr><td>studies</td><td>{{ p.allowed_studies|join(", ") or "any that is approved" }}</td></tr>
 <tr><td>what may leave</td><td>{{ p.allowed_mechanisms|join(", ") }}; exact figures: never</td></tr>
 </table>{% endif %}

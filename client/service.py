@@ -5,6 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 It runs what the hospital installed. The code that a coordinator ships (`client/app.py`, in Flower's bundle) only
 carries bytes to this socket and back, so that it may be anything at all and still gets nothing but what the gate
 releases (docs/adr/0009). Transport: gRPC over a Unix socket, one method, bytes in and bytes out.
+
+A request goes through in this order, and stops at the first no: its head is read; the study has to be approved here,
+with that very plan (a question to ledger and policy); a stored answer is sent again; only then are its arrays read, the
+images opened, and held against what was approved. So no refusal depends on a record.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,32 +26,33 @@ from typing import Any
 import grpc
 
 from client.privacy.gate import Gate, Released
+from client.privacy.ledger import Ledger
+from client.privacy.randomness import NoiseSource
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
 from client.stages.moments import moments
 from client.stages.train import train
 from client.stages.validate import validate
-from common.errors import DataError, Refused, ReplyError, StorageError
+from common.errors import DataError, NotApproved, Refused, ReplyError, StorageError
 from common.files import append_line
-from common.messages import (
-    MAX_MESSAGE_BYTES,
-    EnrolReply,
-    EnrolRequest,
-    MomentsReply,
-    MomentsRequest,
+from common.protocol import (
+    Answer,
+    Arrays,
     Refusal,
     Request,
-    Spent,
-    TrainReply,
-    TrainRequest,
-    ValidateReply,
-    ValidateRequest,
+    decode_arrays,
     decode_request,
     encode,
     identity,
 )
 
 SERVICE, METHOD = "synthward.Site", "Answer"  # as in client/app.py; a test holds them together
+STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
+    "enrol": enrol, "moments": moments, "train": train, "validate": validate,
+}  # fmt: skip
+MOST_LOG_BYTES = 10_000_000  # of the site's log: who asks in vain without end must not fill the disk
+_MOST_TEXT = 400  # characters of a refusal's texts
+_MOST_LOGGED = 4000  # characters of one error in the log
 
 
 class SiteService:
@@ -58,81 +63,89 @@ class SiteService:
 
     def answer(self, data: bytes) -> bytes:
         """The bytes of a released reply, or of a readable refusal; never raises for what a request contains."""
-        request: Request | None = None
+        config, request = None, None
         try:
-            load_site_config(self.path)
-            request = decode_request(data)
-            return encode(self._released(request, identity(data)).reply)
+            config = load_site_config(self.path)
+            if len(data) > config.performance.max_message_mb << 20:
+                raise ReplyError(f"a request of over {config.performance.max_message_mb} MiB", where="request")
+            request, rest = decode_request(data)
+            with closing(config.ledger()) as ledger:
+                return self._released(config, ledger, request, rest, identity(data)).data
         except Exception as error:  # the text of an exception may speak of records: only known, clean texts go out
-            _log(self.path, error)
-            return encode(_refusal(self.path, request, error))
+            _log(config, error)
+            return _refusal(config, request, error)
 
-    def _released(self, request: Request, number: str) -> Released[Any]:
-        reply_type, stage = _stage(request)
-        site = Site.open(self.path, request.agreement.study)
-        gate = site.gate(request.agreement, number)
+    def _released(self, config: SiteConfig, ledger: Ledger, request: Request, rest: bytes, number: str) -> Released:
+        agreement, study = request.agreement, request.agreement.study
+        gate = Gate(
+            facts=config.facts(), agreement=agreement, request=number, policy=config.policy, ledger=ledger,
+            source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
+        )  # fmt: skip
         try:
-            return gate.stored(reply_type) or stage(site, gate, request)
-        except Refused as error:
-            gate.ledger.note(
-                "refused", request.agreement.study.sha256, name=request.agreement.study.study.name, stage=request.stage,
-                rule=error.where, asked=error.asked, allowed=error.allowed, what=error.what,
-            )  # fmt: skip
+            approval = gate.admit()
+            stored = gate.stored()
+            if stored is not None:
+                return stored
+            arrays = decode_arrays(rest, "request")
+            site = Site.open(self.path, study)
+            if site.fingerprints(ledger.key).digest != approval.data:
+                raise DataError(
+                    "the images are not those that were there when the study was approved", where=str(self.path),
+                    remedy="Approve the study again, or put the images back.",
+                )  # fmt: skip
+            return STAGES[request.stage](site, gate, request, arrays)
+        except NotApproved:  # nobody's study: no entry, or thirty studies would make thirty
             raise
-        finally:
-            gate.ledger.close()
+        except Refused as error:
+            ledger.refused(
+                study, stage=request.stage, rule=error.where, asked=error.asked, allowed=error.allowed, what=error.what
+            )
+            raise
 
 
-def _stage(request: Request) -> tuple[type[Any], Callable[[Site, Gate, Any], Released[Any]]]:
-    if isinstance(request, EnrolRequest):
-        return EnrolReply, enrol
-    if isinstance(request, MomentsRequest):
-        return MomentsReply, moments
-    if isinstance(request, TrainRequest):
-        return TrainReply, train
-    assert isinstance(request, ValidateRequest)
-    return ValidateReply, validate
-
-
-def _refusal(path: Path, request: Request | None, error: Exception) -> Refusal:
-    kind, what, remedy = "Error", "the site failed", "The site's own log says why."
+def _refusal(config: SiteConfig | None, request: Request | None, error: Exception) -> bytes:
+    """A no that says nothing of records: refusals and what is wrong with a request are told, all else is one text."""
+    kind, what, remedy = "Unavailable", "the site cannot answer now", "The site's own log says why."
     rule = asked = allowed = ""
     if isinstance(error, Refused | ReplyError):
         kind, remedy = type(error).__name__, error.remedy
         what = f"{error.where}: {error.what}" if error.where else error.what
-    elif isinstance(error, DataError | StorageError):
-        kind, what = type(error).__name__, "the site's data or disk cannot be used"
     if isinstance(error, Refused):
         rule, asked, allowed = error.where, error.asked, error.allowed
-    name, spent = path.stem, None
+    kind, what, remedy, rule, asked, allowed = (t[:_MOST_TEXT] for t in (kind, what, remedy, rule, asked, allowed))
+    body = Refusal(kind=kind, what=what, remedy=remedy, rule=rule, asked=asked, allowed=allowed)
+    facts = spent = None
     try:
-        config = load_site_config(path)
-        name = config.name
-        spent = None if request is None else _spent(config, request)
+        facts = None if config is None else config.facts()
+        spent = None if config is None or request is None else _spent(config, request)
     except Exception as second:  # the first error is the one to tell
-        _log(path, second)
-    return Refusal(site=name, kind=kind, what=what, remedy=remedy, rule=rule, asked=asked, allowed=allowed, spent=spent)
+        _log(config, second)
+    return encode(Answer(site=facts, spent=spent, body=body))
 
 
-def _spent(config: SiteConfig, request: Request) -> Spent:
-    study = request.agreement.study
-    ledger = config.ledger()
+def _spent(config: SiteConfig, request: Request) -> Any:
+    """What the ledger holds of an approved study; None for any other."""
+    with closing(config.ledger()) as ledger:
+        if ledger.approval(request.agreement.study.sha256) is None:
+            return None
+        return Gate(
+            facts=config.facts(), agreement=request.agreement, request="", policy=config.policy, ledger=ledger,
+            source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
+        ).spent()  # fmt: skip
+
+
+def _log(config: SiteConfig | None, error: Exception) -> None:
+    """Keep the whole story at the site, in a file and the one before it."""
+    if config is None:
+        return
     try:
-        privacy = study.privacy
-        cost = ledger.spent(delta=privacy.delta, accountant=privacy.accountant, study=study.sha256)
-        return Spent(cost["train"], cost["holdout"], *ledger.counts(study.sha256))
-    finally:
-        ledger.close()
-
-
-def _log(path: Path, error: Exception) -> None:
-    """Keep the whole story at the site."""
-    try:
-        folder = load_site_config(path).state
-        folder.mkdir(parents=True, exist_ok=True)
+        log = config.state / "site.log"
+        if log.exists() and log.stat().st_size > MOST_LOG_BYTES:
+            log.replace(log.with_suffix(".log.1"))
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         text = str(error) if isinstance(error, Refused) else "".join(traceback.format_exception(error))
-        append_line(folder / "site.log", f"{stamp} {type(error).__name__}: {text}")
+        lines = text[-_MOST_LOGGED:].splitlines() or [""]  # indented: no text of a request passes for a line of ours
+        append_line(log, "\n    ".join([f"{stamp} {type(error).__name__}", *lines]))
     except Exception:
         return
 
@@ -149,14 +162,16 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
         turns = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="site"))
         made = []
         for path in sites:
-            stack.enter_context(_only_one(load_site_config(path)))
+            config = load_site_config(path)
+            config.ledger().close()  # before anybody is told that the site is ready
+            stack.enter_context(_only_one(config))
             made.append(sockets / f"{path.stem}.sock")
-            stack.callback(_listen(SiteService(path), made[-1], turns).stop, None)
+            stack.callback(_listen(SiteService(path), made[-1], turns, config.performance.max_message_mb).stop, None)
         yield made
 
 
-def _listen(service: SiteService, socket: Path, turns: ThreadPoolExecutor) -> grpc.Server:
-    limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
+def _listen(service: SiteService, socket: Path, turns: ThreadPoolExecutor, largest_mb: int) -> grpc.Server:
+    limits = [("grpc.max_receive_message_length", (largest_mb << 20) + 1024), ("grpc.max_send_message_length", -1)]
     server = grpc.server(turns, options=limits)
     handler = grpc.unary_unary_rpc_method_handler(lambda data, _: service.answer(data))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -184,8 +199,6 @@ def exposed(config: SiteConfig) -> list[Path]:
 @contextmanager
 def _only_one(config: SiteConfig) -> Iterator[None]:
     """Hold the site's lock: two processes would answer the same request twice."""
-    config.state.mkdir(parents=True, exist_ok=True)
-    config.state.chmod(0o700)
     with (config.state / "service.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

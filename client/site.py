@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from client.data.checks import SiteReport, check_splits
 from client.data.sources import SourceConfig, Splits, open_source
-from client.privacy.gate import Gate
+from client.privacy.fingerprints import Fingerprints
 from client.privacy.ledger import Ledger
 from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
+from client.registry import open_ledger
 from common.errors import DataError, PolicyRefusal
 from common.images import Units
-from common.messages import Agreement
-from common.study import Settings, Study, settings_error_line
+from common.protocol import SiteFacts, SiteName
+from common.settings import Settings, settings_error_line
+from common.study import Study
 
 
 class Performance(Settings):
     """Settings that cannot change the guarantee."""
 
     threads: int = Field(default=2, ge=1, le=256)
+    max_message_mb: int = Field(default=256, ge=1, le=1024, description="largest request that is read")
     memory_mb: int = Field(
         default=1500, ge=64, description="bounds the physical batch; the logical batch does not change"
     )
@@ -36,9 +39,10 @@ class Performance(Settings):
 class SiteConfig(Settings):
     """The site file (TOML)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")
+    name: SiteName
     state: Path = Field(description="folder of ledger, answers and logs; only this site writes there")
     data: SourceConfig
+    registry: Path | None = Field(default=None, description="list of this machine's ledgers; default: the user's own")
     policy: SitePolicy = SitePolicy()
     performance: Performance = Performance()
     own_reference: bool = Field(
@@ -52,9 +56,14 @@ class SiteConfig(Settings):
         """The site's ledger, opened.
 
         Raises:
-            StorageError: it cannot be opened, or was changed.
+            StorageError: there is none, it cannot be opened, or was changed.
         """
-        return Ledger(self.state / "ledger.sqlite")
+        return open_ledger(self.name, self.state, self.registry)
+
+    def facts(self) -> SiteFacts:
+        """What this site says of itself with every answer; nothing of it depends on records."""
+        source = NoiseSource(self.test_noise_seed).name
+        return SiteFacts(name=self.name, phantoms=self.data.source == "phantoms", random_source=source)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Site:
 
     Attributes:
         train, holdout: the partitions by the study's privacy unit.
-        cohort: what the policy's smallest numbers are compared with.
+        cohort: what the policy's smallest numbers are compared with when the study is approved.
     """
 
     config: SiteConfig
@@ -80,23 +89,22 @@ class Site:
         Raises:
             DataError: the site file or the images cannot be used; says which file, field and remedy.
         """
-        return _open(path, path.stat().st_mtime_ns if path.exists() else 0, study)
+        data = getattr(load_site_config(path).data, "path", None)
+        return _open(path, (_version(path), _version(data)), study)
+
+    @cached_property
+    def _fingerprints(self) -> dict[bytes, Fingerprints]:
+        return {}
+
+    def fingerprints(self, key: bytes) -> Fingerprints:
+        """Of both partitions, under a ledger's key."""
+        if key not in self._fingerprints:
+            self._fingerprints[key] = Fingerprints.of(key, self.splits.train, self.splits.holdout)
+        return self._fingerprints[key]
 
     @property
     def state(self) -> Path:
         return self.config.state
-
-    def gate(self, agreement: Agreement, request: str) -> Gate:
-        """The gate for one request; opens the ledger."""
-        return Gate(
-            agreement=agreement,
-            request=request,
-            policy=self.config.policy,
-            ledger=self.config.ledger(),
-            source=NoiseSource(self.config.test_noise_seed),
-            cohort=self.cohort,
-            replies=self.state / "replies",
-        )
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -112,7 +120,7 @@ def load_site_config(path: Path) -> SiteConfig:
             f"cannot read the site file ({error.strerror})", where=str(path), remedy="Give the path of a site TOML."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not valid TOML: {error}", where=str(path), remedy="Mend that line.") from error
+        raise DataError(f"not valid TOML: {error}", where=str(path), remedy="Fix that line.") from error
     try:
         config = SiteConfig.model_validate(raw)
     except ValidationError as error:
@@ -126,11 +134,20 @@ def load_site_config(path: Path) -> SiteConfig:
         raise PolicyRefusal(
             "seeded noise protects nobody", where=f"{path}: test_noise_seed", remedy="Remove it; it is for phantoms."
         )
-    return config.model_copy(update={"state": base / config.state, "data": data})
+    registry = None if config.registry is None else base / config.registry
+    return config.model_copy(update={"state": base / config.state, "data": data, "registry": registry})
 
 
-@lru_cache(maxsize=8)
-def _open(path: Path, _changed: int, study: Study) -> Site:
+def _version(path: Path | None) -> tuple[int, ...]:
+    """Changes when the file does."""
+    if path is None or not path.exists():
+        return ()
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path, _versions: object, study: Study) -> Site:
     config = load_site_config(path)
     splits = open_source(config.data, study.data, modality=study.study.modality)
     where = str(getattr(config.data, "path", path))
@@ -139,5 +156,5 @@ def _open(path: Path, _changed: int, study: Study) -> Site:
         train, holdout = (Units.of(part, study.privacy.unit) for part in (splits.train, splits.holdout))
     except DataError as error:
         raise DataError(error.what, where=f"{where}: train_groups", remedy=error.remedy) from error
-    cohort = Cohort(len(train), int(train.with_class(len(study.data.classes)).min()))
+    cohort = Cohort.of(train, len(study.data.classes))
     return Site(config, splits, report, train, holdout, cohort)

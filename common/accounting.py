@@ -2,8 +2,8 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-A *mechanism* adds Gaussian noise of standard deviation noise_multiplier × sensitivity to a sum over records, each
-record being in the sum with probability sample_rate (1 = all records). Its privacy loss is the entry
+A *mechanism* (`common/mechanisms.py`) adds Gaussian noise of standard deviation noise_multiplier × sensitivity to a sum
+over records, each record being in the sum with probability sample_rate (1 = all records). Its privacy loss is the entry
 (noise_multiplier, sample_rate, steps) of an Opacus accountant's history; a plain Gaussian release is (sigma, 1, 1).
 Adjacency: add or remove one record.
 
@@ -16,30 +16,35 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import NamedTuple
+
+from pydantic import Field
 
 from common.errors import BudgetError
-from common.metrics import l2_sensitivity
+from common.mechanisms import PARTITIONS, REST, Mechanism, Partition, wanted
+from common.settings import Settings
 from common.study import Study
 
-Partition = Literal["train", "holdout"]
-PARTITIONS: tuple[Partition, ...] = ("train", "holdout")
 LARGEST_NOISE = 500.0  # beyond this no result is worth having, and the accountant's own error dominates
 LEAST_NOISE = 0.4  # below it no epsilon of interest lies, and the accountants are slow
-EVALUATIONS = 2  # one is spare, so that a site that is killed in the middle of the only one can still answer
-MOMENTS_STEPS = 1  # class sums, then squares about the means they give: two parts of one release (`common/moments.py`)
-LOSS_SHARE = 0.2  # of the clipping norm, for the private loss curve; costs 2 % of the gradient's norm
+MOST_EPSILON = 5000.0  # by RDP: beyond it PRV would need gigabytes, and nothing is protected anyway
 
 
-@dataclass(frozen=True)
-class MechanismPlan:
+class PrivacyLoss(NamedTuple):
+    """One entry of an accountant's history."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class MechanismPlan(Settings):
     """One kind of noisy release, fixed before any record is touched. Every field is public.
 
     Attributes:
-        name: the stage that uses it.
+        name: of the mechanism, and the stage that uses it.
         partition: whose records it reads.
         noise_multiplier: noise standard deviation divided by `sensitivity`.
         sample_rate: Poisson sampling probability of each record; 1 = every record.
@@ -50,11 +55,25 @@ class MechanismPlan:
 
     name: str
     partition: Partition
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    releases: int
-    sensitivity: float
+    noise_multiplier: float = Field(gt=0)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+    releases: int = Field(ge=1)
+    sensitivity: float = Field(gt=0)
+
+    @classmethod
+    def of(cls, mechanism: Mechanism, study: Study, *, noise_multiplier: float) -> MechanismPlan:
+        """The study's plan of one mechanism, with that noise."""
+        return cls(
+            name=mechanism.name, partition=mechanism.partition, noise_multiplier=noise_multiplier,
+            sample_rate=mechanism.sample_rate(study), steps=mechanism.steps(study), releases=mechanism.releases(study),
+            sensitivity=mechanism.sensitivity(study),
+        )  # fmt: skip
+
+    @property
+    def noise_std(self) -> float:
+        """Of each number that is released."""
+        return self.noise_multiplier * self.sensitivity
 
     @property
     def loss(self) -> PrivacyLoss:
@@ -67,43 +86,24 @@ class MechanismPlan:
         return PrivacyLoss(self.noise_multiplier, self.sample_rate, self.steps * self.releases)
 
 
-@dataclass(frozen=True)
-class PrivacyLoss:
-    """One entry of an accountant's history."""
+class StudyPlan(Settings):
+    """All mechanisms of a study, in the order of `common/mechanisms.py`."""
 
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
+    mechanisms: tuple[MechanismPlan, ...] = Field(max_length=16)
 
+    def get(self, name: str) -> MechanismPlan | None:
+        """The plan of a mechanism, or None where the study makes none of it."""
+        return next((plan for plan in self.mechanisms if plan.name == name), None)
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """All mechanisms of a study, by stage; `moments`, `train` and `reference` are None when the study asks for none."""
-
-    counts: MechanismPlan
-    moments: MechanismPlan | None
-    train: MechanismPlan | None
-    reference: MechanismPlan | None
-    evaluate: MechanismPlan
-
-    @property
-    def mechanisms(self) -> tuple[MechanismPlan, ...]:
-        planned = (self.counts, self.moments, self.train, self.reference, self.evaluate)
-        return tuple(plan for plan in planned if plan is not None)
+    def __getitem__(self, name: str) -> MechanismPlan:
+        plan = self.get(name)
+        if plan is None:
+            raise BudgetError(f"the study plans no '{name}'", where="plan")
+        return plan
 
     def losses(self, partition: Partition) -> tuple[PrivacyLoss, ...]:
         """The losses of the whole study on one partition."""
         return tuple(plan.whole_loss for plan in self.mechanisms if plan.partition == partition)
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: None if plan is None else asdict(plan) for name, plan in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> StudyPlan:
-        """Raises TypeError or KeyError when fields are missing or unknown."""
-        read = {name: None if value[name] is None else MechanismPlan(**value[name])
-                for name in ("counts", "moments", "train", "reference", "evaluate")}  # fmt: skip
-        return cls(**read)  # pyright: ignore[reportArgumentType]
 
 
 def epsilon_of(losses: Iterable[PrivacyLoss], *, delta: float, accountant: str) -> float:
@@ -126,6 +126,8 @@ def epsilon_of(losses: Iterable[PrivacyLoss], *, delta: float, accountant: str) 
 
 @lru_cache(maxsize=4096)
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
+    if accountant == "prv" and _epsilon(history, delta, "rdp") > MOST_EPSILON:
+        raise BudgetError("the privacy loss is too large to be bounded", remedy="Use more noise or fewer steps.")
     from opacus.accountants import PRVAccountant, RDPAccountant  # late: brings torch
 
     engine = PRVAccountant() if accountant == "prv" else RDPAccountant()
@@ -143,58 +145,41 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
     return epsilon
 
 
+@lru_cache(maxsize=64)
 def plan_study(study: Study) -> StudyPlan:
-    """Solve for the noise of every stage so that the whole study stays at or below the target epsilon.
+    """Solve for the noise of every mechanism so that the whole study stays at or below the target epsilon.
 
-    Counts, moments and reference get the noise at which each *alone* would cost its share of epsilon; training gets
-    what the joint composition leaves, or the moments do in a study without a round. Noise is only ever rounded up.
+    A mechanism with a share gets the noise at which it *alone* would cost that share of epsilon; the one that takes the
+    rest of a partition gets what the joint composition leaves. Noise is only ever rounded up. The same study gives the
+    same plan everywhere: a site solves it anew and takes no other (`client/privacy/gate.py`).
 
     Raises:
         BudgetError: no noise up to `LARGEST_NOISE` reaches the target; says what would be possible.
     """
-    privacy, training, validation = study.privacy, study.training, study.validation
-    counts = _calibrate(
-        MechanismPlan("counts", "train", 1.0, 1.0, 1, 1, 1.0),
-        (),
-        privacy.epsilon * privacy.counts_share,
-        study,
-        share=True,
-    )
-    reference = None
-    if privacy.reference_share > 0:
-        reference = _calibrate(
-            MechanismPlan("reference", "train", 1.0, validation.reference_sample_rate, validation.reference_steps, 1,
-                          training.max_grad_norm),  # fmt: skip
-            (), privacy.epsilon * privacy.reference_share, study, share=True,
-        )  # fmt: skip
-    spent = [plan.whole_loss for plan in (counts, reference) if plan is not None]
-    moments, train = None, None
-    if privacy.moments_share > 0:
-        share, beside = (privacy.moments_share, []) if training.rounds else (1.0, spent)
-        moments = _calibrate(
-            MechanismPlan("moments", "train", 1.0, 1.0, MOMENTS_STEPS, 1, 1.0), tuple(beside), privacy.epsilon * share,
-            study, share=training.rounds > 0,
-        )  # fmt: skip
-        spent.append(moments.whole_loss)
-    if training.rounds:
-        train = _calibrate(
-            MechanismPlan("train", "train", 1.0, training.sample_rate, training.local_steps, training.rounds,
-                          training.max_grad_norm),  # fmt: skip
-            tuple(spent), privacy.epsilon, study,
-        )  # fmt: skip
-    classifiers = 1 if reference is None else 2
-    evaluate = _calibrate(
-        MechanismPlan("evaluate", "holdout", 1.0, 1.0, 1, EVALUATIONS,
-                      math.sqrt(classifiers) * l2_sensitivity(len(study.data.classes))),  # fmt: skip
-        (), privacy.epsilon, study,
-    )  # fmt: skip
-    return StudyPlan(counts, moments, train, reference, evaluate)
+    solved: dict[str, MechanismPlan] = {}
+    epsilon = study.privacy.epsilon
+    for mechanism in sorted(wanted(study), key=lambda m: m.share(study) == REST):  # those with a share first
+        if mechanism.share(study) != REST:
+            solved[mechanism.name] = _calibrate(mechanism, (), epsilon * mechanism.share(study), study, share=True)
+            continue
+        beside = tuple(plan.whole_loss for plan in solved.values() if plan.partition == mechanism.partition)
+        solved[mechanism.name] = _calibrate(mechanism, beside, epsilon, study)
+    plan = StudyPlan(mechanisms=tuple(solved[mechanism.name] for mechanism in wanted(study)))
+    privacy = study.privacy
+    for partition in PARTITIONS:  # where nothing takes the rest, shares may add up to more than there is
+        cost = epsilon_of(plan.losses(partition), delta=privacy.delta, accountant=privacy.accountant)
+        if cost > epsilon:
+            raise BudgetError(
+                f"the plan costs epsilon {cost:.3f} on the {partition} records, over {epsilon:g}",
+                where="privacy.epsilon", remedy="Lower the shares.",
+            )  # fmt: skip
+    return plan
 
 
 def _calibrate(
-    plan: MechanismPlan, beside: tuple[PrivacyLoss, ...], epsilon: float, study: Study, *, share: bool = False
+    mechanism: Mechanism, beside: tuple[PrivacyLoss, ...], epsilon: float, study: Study, *, share: bool = False
 ) -> MechanismPlan:
-    """The plan with the smallest noise (to 0.2 %, rounded up) at which it, composed with `beside`, costs ≤ epsilon.
+    """The mechanism's plan with the least noise at which it, composed with `beside`, costs at most epsilon.
 
     Args:
         share: epsilon is a stage's share, so that PRV is asked, whatever the study's own accountant: below epsilon 0.1
@@ -202,10 +187,11 @@ def _calibrate(
     """
     privacy = study.privacy
     accountant = "prv" if share else privacy.accountant
+    plan = MechanismPlan.of(mechanism, study, noise_multiplier=LARGEST_NOISE)
 
     def cost(sigma: float, accountant: str) -> float:
         try:
-            losses = (*beside, replace(plan, noise_multiplier=sigma).whole_loss)
+            losses = (*beside, plan.whole_loss._replace(noise_multiplier=sigma))
             return epsilon_of(losses, delta=privacy.delta, accountant=accountant)
         except BudgetError:
             return math.inf
@@ -219,58 +205,47 @@ def _calibrate(
             remedy=f"Raise privacy.epsilon to about {privacy.epsilon * least * 1.5 / epsilon:.2g}, "
             "or lower training.rounds, local_steps or sample_rate.",
         )
-    # The cheap RDP bound brackets the answer; PRV is slow, so it only refines.
-    high = _bisect(LEAST_NOISE, LARGEST_NOISE, lambda sigma: cost(sigma, "rdp") <= epsilon, 0.01)
-    while cost(high, accountant) > epsilon:
-        high = min(high * 1.3, LARGEST_NOISE)
-    low = high
-    while low > LEAST_NOISE and cost(low, accountant) <= epsilon:
-        high, low = low, low * 0.9
-    sigma = _bisect(low, high, lambda s: cost(s, accountant) <= epsilon, 0.002)
-    return replace(plan, noise_multiplier=sigma)
+    # The cheap RDP bound is where to begin: PRV is slow, so it only refines.
+    begin = _bisect(LEAST_NOISE, LARGEST_NOISE, lambda sigma: cost(sigma, "rdp") <= epsilon, 0.02)
+    sigma = _smallest(lambda sigma: cost(sigma, accountant), epsilon, begin)
+    return MechanismPlan.of(mechanism, study, noise_multiplier=sigma)
 
 
-def _bisect(low: float, high: float, good: Any, tolerance: float) -> float:
-    """Smallest good value in [low, high], to a relative tolerance, from above; `high` is known to be good."""
+def _bisect(low: float, high: float, good: Callable[[float], bool], tolerance: float) -> float:
+    """Smallest good value in [low, high], to a relative tolerance, from above; `high` is taken to be good."""
     while high / low > 1 + tolerance:
-        middle = math.ceil(math.sqrt(low * high) * 1e5) / 1e5
-        if middle >= high:
-            break
-        if good(middle):
-            high = middle
-        else:
-            low = middle
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if good(middle) else (middle, high)
     return high
 
 
-def check_plan(study: Study, plan: StudyPlan) -> None:
-    """Check at a site that a plan it was sent is the study's own and stays at or below the study's epsilon.
+def _smallest(cost: Callable[[float], float], epsilon: float, begin: float) -> float:
+    """Noise from `LEAST_NOISE` to `LARGEST_NOISE` whose cost is at most epsilon, and at least 0.998 of it.
 
-    Raises:
-        BudgetError: a mechanism differs from what the study says, or the sum of all costs more than the study allows.
+    Cost falls about as a power of the noise: each guess follows from the power between the last two.
     """
-    classifiers = 1 if plan.reference is None else 2
-    training, validation = study.training, study.validation
-    expected = [
-        ("counts", "train", 1.0, 1, 1, 1.0),
-        ("evaluate", "holdout", 1.0, 1, EVALUATIONS, math.sqrt(classifiers) * l2_sensitivity(len(study.data.classes))),
-    ]
-    if training.rounds:
-        expected.insert(1, ("train", "train", training.sample_rate, training.local_steps, training.rounds,
-                            training.max_grad_norm))  # fmt: skip
-    if study.privacy.moments_share > 0:
-        expected.insert(1, ("moments", "train", 1.0, MOMENTS_STEPS, 1, 1.0))
-    if study.privacy.reference_share > 0:
-        expected.insert(-1, ("reference", "train", validation.reference_sample_rate, validation.reference_steps, 1,
-                            training.max_grad_norm))  # fmt: skip
-    got = [(p.name, p.partition, p.sample_rate, p.steps, p.releases, p.sensitivity) for p in plan.mechanisms]
-    if got != expected or any(not 0 < p.noise_multiplier < math.inf for p in plan.mechanisms):
-        raise BudgetError("the plan that came with the request is not the plan of this study", where="plan",
-                          remedy="Use the same version of synthward and the same study file everywhere.")  # fmt: skip
-    for partition in PARTITIONS:
-        cost = epsilon_of(plan.losses(partition), delta=study.privacy.delta, accountant=study.privacy.accountant)
-        if cost > study.privacy.epsilon:
-            raise BudgetError(
-                f"the plan costs epsilon {cost:.3f} on the {partition} records, over the study's "
-                f"{study.privacy.epsilon:g}", where="plan", remedy="Raise the noise or do fewer rounds.",
-            )  # fmt: skip
+    low, high = LEAST_NOISE, LARGEST_NOISE  # high is known to be good
+    sigma, last, power = math.ceil(begin * 1e5) / 1e5, None, 1.0
+    for _ in range(60):
+        value = cost(sigma)
+        if value <= epsilon:
+            high = sigma
+            if value >= 0.998 * epsilon or sigma <= LEAST_NOISE:
+                break
+        else:
+            low = sigma
+        if high / low < 1.0005:
+            break
+        if math.isfinite(value) and value > 0:
+            if last is not None and abs(math.log(sigma / last[0])) > 1e-6:
+                power = min(4.0, max(0.25, math.log(last[1] / value) / math.log(sigma / last[0])))
+            last = (sigma, value)
+            guess = sigma * (value / (0.9992 * epsilon)) ** (1 / power)
+        else:
+            guess = sigma * 1.3
+        if low < LEAST_NOISE * 1.0001 and guess <= LEAST_NOISE:
+            guess = LEAST_NOISE
+        elif not low < guess < high:
+            guess = math.sqrt(low * high)
+        sigma = min(math.ceil(guess * 1e5) / 1e5, LARGEST_NOISE)
+    return high

@@ -3,120 +3,135 @@
 SPDX-License-Identifier: Apache-2.0
 
 The fields are what NIST SP 800-226 (2025, "Guidelines for Evaluating Differential Privacy Guarantees") asks of a claim
-and what the OpenDP deployments registry lists. `claim.schema.json` beside this file is the JSON form, held by a test.
+and what the OpenDP deployments registry lists. `claim.schema.json` beside this file is made from these types:
+`python -c "from common.claims import schema_text; print(schema_text(), end='')"`; a test holds the two equal.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from common.errors import BudgetError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
-_MEANING = {
-    "counts": "class counts of the training records, once a study",
-    "moments": "sums of the training images' coarse outlines, by class, then of the squares of the rest, once a study",
-    "train": "clipped gradients (and clipped losses, for the loss curve), each training step",
-    "reference": "clipped gradients of the reference classifier, each of its steps",
-    "evaluate": "score histograms and confusion counts on held-out records (one request; a second is kept in reserve)",
+from common.accounting import MechanismPlan, StudyPlan
+from common.errors import BudgetError, CheckpointError
+from common.mechanisms import BY_NAME, Partition
+from common.settings import Settings
+from common.study import Study, TuningConfig
+
+SCHEMA = "synthward-claim/2"
+SEEDED = "SEEDED"  # how a noise source names itself when its noise can be computed again
+_EVERYWHERE = {"image": "A person with one image", "patient": "A person who is a patient"}
+_SEVERAL = {
+    "image": "The unit is an image: a person with several images at a site is protected less.",
+    "patient": "The unit is a patient: how many images a patient has at a site makes no difference.",
+}
+_TUNING = {  # what a study declares of its own settings; nothing here is checked by the software
+    "undeclared": "the study does not say on what its settings were chosen; choices made on these records would not be "
+    "covered",
+    "nothing": "the study says that its settings were chosen on no images",
+    "public data": "the study says that its settings were chosen on public data ({sources}); the people in it are not "
+    "covered",
+    "phantoms": "the study says that its settings were chosen on phantoms ({sources})",
+    "earlier private runs": "the study says that its settings were chosen by earlier private runs ({sources}); their "
+    "cost is in the ledgers of their sites, not in these figures",
 }
 
-_UNITS = {  # what the unit means for a person
-    "image": {
-        "several": "The unit is an image: a person with several images at a site is protected less.",
-        "everywhere": "A person with one image",
-    },
-    "patient": {
-        "several": "The unit is a patient: how many images a patient has at a site makes no difference.",
-        "everywhere": "A person who is a patient",
-    },
-}
+Figure = Annotated[float, Field(ge=0)]
+Delta = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Date = Annotated[str, Field(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?$")]
 
 
-@dataclass(frozen=True)
-class MechanismClaim:
-    """One kind of noisy release; the noise has standard deviation noise_multiplier × sensitivity."""
+class Part(Settings):
+    """Base of a claim's parts; in its JSON every field is there, those that follow from others included."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True, populate_by_name=True)
+
+
+class MechanismClaim(Part):
+    """One kind of noisy release: Gaussian noise of standard deviation noise_multiplier × sensitivity."""
 
     name: str
-    partition: str
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    sensitivity: float
+    partition: Partition
+    distribution: Literal["gaussian"] = "gaussian"
+    noise_multiplier: float = Field(gt=0, description="standard deviation of the noise divided by the sensitivity")
+    sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a unit")
+    steps: int = Field(ge=1, description="noisy sums at most, over all requests")
+    sensitivity: float = Field(gt=0, description="L2, of adding or removing one unit")
 
+    @classmethod
+    def of(cls, plan: MechanismPlan) -> MechanismClaim:
+        """What a plan says, over all requests that the study may make."""
+        return cls(
+            name=plan.name, partition=plan.partition, noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate, steps=plan.steps * plan.releases, sensitivity=plan.sensitivity,
+        )  # fmt: skip
+
+    @computed_field
     @property
     def meaning(self) -> str:
-        return _MEANING.get(self.name, self.name)
+        return BY_NAME[self.name].meaning if self.name in BY_NAME else self.name
 
 
-@dataclass(frozen=True)
-class SiteClaim:
-    """What one site's ledger holds for this study.
-
-    Attributes:
-        epsilon_train, epsilon_holdout: of a record of that partition; a record is in one of the two.
-        basis: "ledger" when the site reported it last; "plan" when it was asked after its last report and did not
-            answer, so that the whole planned cost is claimed.
-    """
+class SiteClaim(Part):
+    """What one site's ledger holds for this study."""
 
     site: str
-    epsilon_train: float
-    epsilon_holdout: float
-    basis: str
+    epsilon_train: Figure = Field(description="of a unit of the train partition; a unit is in one of the two")
+    epsilon_holdout: Figure = Field(description="of a unit of the holdout partition")
+    basis: Literal["ledger", "plan"] = Field(
+        description="plan = its last answer is missing, so the whole planned cost is claimed"
+    )
 
+    @computed_field(description="of any unit of the site: parallel composition over disjoint partitions")
     @property
-    def epsilon(self) -> float:
-        """Of any record of the site: parallel composition over disjoint partitions."""
+    def epsilon(self) -> Figure:
         return max(self.epsilon_train, self.epsilon_holdout)
 
 
-@dataclass(frozen=True)
-class Composition:
+class TuningClaim(TuningConfig, Part):
+    """On what the study says that its settings were chosen; declared, not checked."""
+
+    @computed_field
+    @property
+    def meaning(self) -> Text:
+        return _TUNING[self.basis].format(sources=", ".join(self.sources) or "not named")
+
+
+class Composition(Part):
     """Which losses were put together, by what rule, and the figure that came of it."""
 
-    over: str
-    rule: str
-    figure: str
+    over: Text
+    rule: Text
+    figure: Text
 
 
-@dataclass(frozen=True)
-class Observer:
-    """Somebody who sees something of the study, and what differential privacy promises against them.
+class Observer(Part):
+    """Somebody who sees something of the study, and what differential privacy promises against them."""
 
-    Attributes:
-        sees: what reaches them.
-        epsilon, delta: per unit at one site; None = nothing is promised.
-        why: the reason for that figure.
-    """
-
-    who: str
-    sees: str
-    epsilon: float | None
-    delta: float | None
-    why: str
+    who: Literal["public", "coordinator", "another site", "the site itself"]
+    sees: Text = Field(description="what reaches them")
+    epsilon: Figure | None = Field(description="per unit at one site; null = nothing is promised")
+    delta: Delta | None
+    why: Text = Field(description="the reason for that figure")
 
 
-SCHEMA = "synthward-claim/1"
-SEEDED = "SEEDED"  # how a noise source names itself when its noise can be computed again
-COMPOSITION = (
-    Composition(
-        "all mechanisms of the study on one partition, every request that was reserved, finished or not",
-        "adaptive composition by the accountant", "sites: epsilon_train, epsilon_holdout",
-    ),
-    Composition(
-        "the train and the held-out partition of a site: a unit is in one of them",
-        "parallel composition: the larger counts", "a site's epsilon: the larger of its two",
-    ),
-    Composition("units of different sites", "parallel composition: the largest counts", "epsilon_max"),
-    Composition(
-        "one person who has a unit at every site", "basic composition: the figures add up", "epsilon_sum, delta_sum"
-    ),
-    Composition(
-        "other studies on the same records",
-        "not composed here: each site's ledger adds them up, under the site's own ceiling", "none",
-    ),
+COMPOSITION = tuple(
+    Composition(over=over, rule=rule, figure=figure)
+    for over, rule, figure in (
+        ("all mechanisms of the study on one partition, every request that was reserved, finished or not",
+         "adaptive composition by the accountant", "sites: epsilon_train, epsilon_holdout"),
+        ("the train and the holdout partition of a site: a unit is in one of them",
+         "parallel composition: the larger counts", "a site's epsilon: the larger of its two"),
+        ("units of different sites", "parallel composition: the largest counts", "epsilon_max"),
+        ("one person who has a unit at every site", "basic composition: the figures add up", "epsilon_sum, delta_sum"),
+        ("other studies on the same records",
+         "not composed here: each site's ledger adds them up, under the site's own ceiling", "none"),
+    )
 )  # fmt: skip
 POST_PROCESSING = (
     "the Gaussian that the model starts from, made of the noisy moments",
@@ -126,173 +141,185 @@ POST_PROCESSING = (
     "every figure, chart and interval in the report",
 )
 RELEASE_TYPE = "one release, not interactive, from records that did not change meanwhile"
-NO_TUNING_CHARGED = (
-    "none charged: every setting was fixed in the study file before a record was read; choices by earlier studies on "
-    "the same records are charged in the sites' ledgers, not here"
-)
 
 
-@dataclass(frozen=True)
-class Claim:
-    """The whole privacy statement of a release.
+class Claim(Part):
+    """What is promised about privacy in one release, to whom, with every parameter that the figures follow from."""
 
-    Attributes:
-        epsilon_ceiling: enforced by each site's own ledger.
-        sites: one or more.
-        begun: date on which the run began, ISO 8601.
-        ended: date from which on no site was asked anything any more; "" in both = not known.
-        tuning: what was paid for choosing the study's settings.
-        public_sha256: of the public image set that the network learnt from first; "" = none but phantoms.
-    """
-
+    schema_: Literal["synthward-claim/2"] = Field(default=SCHEMA, alias="schema")
     study: str
-    study_sha256: str
-    unit: str
-    delta: float
-    epsilon_ceiling: float
-    accountant: str
-    trust_model: str
-    phantoms: bool
-    random_source: str
-    mechanisms: tuple[MechanismClaim, ...]
-    sites: tuple[SiteClaim, ...]
-    unprotected: tuple[str, ...]
-    libraries: dict[str, str]
-    begun: str = ""
-    ended: str = ""
-    tuning: str = NO_TUNING_CHARGED
-    public_sha256: str = ""
+    study_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the settings that all parties agreed on")
+    unit: Literal["image", "patient"] = Field(description="whose whole contribution at a site is protected")
+    delta: Delta = Field(description="for a unit at one site")
+    epsilon_ceiling: Figure = Field(description="enforced by each site's own ledger")
+    accountant: Literal["prv", "rdp"] = Field(description="prv = Gopi et al. 2021, rdp = Mironov et al. 2019")
+    trust_model: Literal["local"] = Field(description="each site adds all the noise that its own guarantee needs")
+    phantoms: bool = Field(description="no patient is behind the data")
+    random_source: Text = Field(description="where the noise came from, of all sites")
+    mechanisms: tuple[MechanismClaim, ...] = Field(min_length=1)
+    sites: tuple[SiteClaim, ...] = Field(min_length=1)
+    unprotected: tuple[str, ...] = Field(min_length=1, description="what the figures do not cover")
+    libraries: dict[str, str] = Field(description="versions at the coordinator")
+    tuning: TuningClaim = TuningClaim()
+    begun: Date = Field(default="", description="date on which the run began, ISO 8601; empty = not known")
+    ended: Date = Field(default="", description="date from which on no site was asked anything; empty = not known")
+    public_sha256: str = Field(
+        default="", pattern=r"^([0-9a-f]{64})?$",
+        description="of the public image set that the network learnt from first; empty = none but phantoms",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        figures = [value for s in self.sites for value in (s.epsilon_train, s.epsilon_holdout)]
-        if not figures or not all(math.isfinite(value) and value >= 0 for value in figures):
-            raise BudgetError("no claim without every site's own figure", where="claim", remedy="Ask the sites anew.")
-        if not max(figures) <= self.epsilon_ceiling < math.inf:
-            raise BudgetError(
-                f"a site reports epsilon {max(figures):.3f}, over the ceiling {self.epsilon_ceiling:g}", where="claim",
-                remedy="Do not release; ask the site for its ledger.",
-            )  # fmt: skip
-        if not 0 < self.delta < 1 or self.unit not in _UNITS or self.trust_model != "local":
-            raise BudgetError(
-                f"cannot claim delta {self.delta:g} per {self.unit} under the trust model '{self.trust_model}'",
-                where="claim", remedy="Use a study of this version of synthward.",
-            )  # fmt: skip
+    @classmethod
+    def of(
+        cls, study: Study, plan: StudyPlan, *, sites: Iterable[SiteClaim], phantoms: bool, random_source: str,
+        unprotected: tuple[str, ...], libraries: dict[str, str], begun: str = "", ended: str = "",
+    ) -> Claim:  # fmt: skip
+        """The claim of a run: what the study says, beside what its sites have reported."""
+        privacy = study.privacy
+        return cls(
+            study=study.study.name, study_sha256=study.sha256, unit=privacy.unit, delta=privacy.delta,
+            epsilon_ceiling=privacy.epsilon, accountant=privacy.accountant, trust_model=privacy.trust,
+            phantoms=phantoms, random_source=random_source,
+            mechanisms=tuple(MechanismClaim.of(each) for each in plan.mechanisms), sites=tuple(sites),
+            unprotected=unprotected, libraries=libraries, tuning=TuningClaim(**study.tuning.model_dump()),
+            begun=begun, ended=ended,
+            public_sha256=(study.pretrain.sha256 or "") if study.training.rounds else "",
+        )  # fmt: skip
 
+    @model_validator(mode="after")
+    def _under_the_ceiling(self) -> Claim:
+        if not self.epsilon_max <= self.epsilon_ceiling:
+            raise BudgetError(
+                f"a site reports epsilon {self.epsilon_max:.3f}, over the ceiling {self.epsilon_ceiling:g}",
+                where="claim", remedy="Do not release; ask the site for its ledger.",
+            )  # fmt: skip
+        return self
+
+    @computed_field(description="what neighbouring data sets differ in")
     @property
-    def adjacency(self) -> str:
-        """What neighbouring data sets differ in."""
+    def adjacency(self) -> Text:
         return f"add or remove one {self.unit}" + (" with all its images" if self.unit == "patient" else "")
 
+    @computed_field(description="false = the noise came from a known seed, which can be taken off again")
     @property
     def protects(self) -> bool:
-        """False when the noise came from a seed, so that whoever knows the seed can take it off."""
         return SEEDED not in self.random_source
 
+    @computed_field(description="under the trust model local every site adds its own noise, so the same for everybody")
     @property
     def observers(self) -> tuple[Observer, ...]:
-        """Under the trust model `local` every site adds its own noise, so what leaves it is safe from everybody."""
         epsilon, delta = (self.epsilon_max, self.delta) if self.protects else (None, None)
         alike = "each site adds all its noise before anything leaves it; the same holds against all of them together"
         why = alike if self.protects else "the noise came from a known seed: nothing is protected"
-        seen = (
+        seen: tuple[tuple[Any, str], ...] = (
             ("public", "the release: images, model, report"),
             ("coordinator", "every answer of every site"),
             ("another site", "the weights of every round, the classifier and the release"),
         )
-        own = Observer("the site itself", "its own records and answers, and what another site sees", None, None,
-                       "it holds the records; what it does with them is its own matter")  # fmt: skip
-        return (*(Observer(who, sees, epsilon, delta, why) for who, sees in seen), own)
+        own = Observer(
+            who="the site itself", sees="its own records and answers, and what another site sees", epsilon=None,
+            delta=None, why="it holds the records; what it does with them is its own matter",
+        )  # fmt: skip
+        return (*(Observer(who=who, sees=sees, epsilon=epsilon, delta=delta, why=why) for who, sees in seen), own)
 
+    @computed_field(description="library and version at the coordinator that composed the losses")
     @property
     def accountant_version(self) -> str:
-        """The library that composed the losses, as the coordinator has it."""
         return f"opacus {self.libraries.get('opacus', 'unknown')}"
 
+    @computed_field(description="for a unit at one site, the largest over the sites")
     @property
-    def epsilon_max(self) -> float:
-        """For a person whose records are at one site, one record each unit."""
+    def epsilon_max(self) -> Figure:
         return max(site.epsilon for site in self.sites)
 
+    @computed_field(description="for a person with one unit at every site")
     @property
-    def epsilon_sum(self) -> float:
-        """For a person with one record at every site (basic composition)."""
+    def epsilon_sum(self) -> Figure:
         return sum(site.epsilon for site in self.sites)
 
+    @computed_field(description="for a person with one unit at every site")
     @property
-    def delta_sum(self) -> float:
+    def delta_sum(self) -> Figure:
         return self.delta * len(self.sites)
+
+    @computed_field
+    @property
+    def definition(self) -> Literal["(epsilon, delta)-differential privacy"]:
+        return "(epsilon, delta)-differential privacy"
+
+    @computed_field(description="which losses were put together, and how")
+    @property
+    def composition(self) -> tuple[Composition, ...]:
+        return COMPOSITION
+
+    @computed_field(description="what was done with noisy answers afterwards; costs nothing")
+    @property
+    def post_processing(self) -> tuple[str, ...]:
+        return POST_PROCESSING
+
+    @computed_field(description="how often, and from what kind of data, something is released")
+    @property
+    def release_type(self) -> Text:
+        return RELEASE_TYPE
+
+    @computed_field(description="the claim in plain words, for a reader who knows nothing of machine learning")
+    @property
+    def statement(self) -> Text:
+        return " ".join(sentence for sentence in _sentences(self) if sentence)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the statement and the derived figures are included for readers."""
-        mechanisms = [{**asdict(m), "distribution": "gaussian", "meaning": m.meaning} for m in self.mechanisms]
-        sites = [{**asdict(site), "epsilon": site.epsilon} for site in self.sites]
-        return {
-            "schema": SCHEMA, "statement": self.statement(), "definition": "(epsilon, delta)-differential privacy",
-            **asdict(self), "mechanisms": mechanisms, "sites": sites, "unprotected": list(self.unprotected),
-            "adjacency": self.adjacency, "protects": self.protects,
-            "epsilon_max": self.epsilon_max, "epsilon_sum": self.epsilon_sum, "delta_sum": self.delta_sum,
-            "accountant_version": self.accountant_version, "release_type": RELEASE_TYPE,
-            "composition": [asdict(rule) for rule in COMPOSITION], "post_processing": list(POST_PROCESSING),
-            "observers": [asdict(observer) for observer in self.observers],
-        }  # fmt: skip
+        return self.model_dump(mode="json", by_alias=True)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Claim:
+    def from_json(cls, value: Any) -> Claim:
         """The inverse of `to_json`; derived figures are computed anew, and have to agree.
 
         Raises:
-            KeyError, TypeError, BudgetError: a field is missing or impossible, of another schema, or a derived figure
-                is not what the others give.
+            CheckpointError: a field is missing or impossible, or it is of another schema.
+            BudgetError: over its ceiling, or a derived figure is not what the others give.
         """
-        if value["schema"] != SCHEMA:
-            raise BudgetError(f"cannot read a claim of schema '{value['schema']}'", where="claim",
-                              remedy="Read it with the version of synthward that wrote it.")  # fmt: skip
-        plain = {k: v for k, v in value.items() if k in cls.__dataclass_fields__}
-        plain["mechanisms"] = tuple(_read(MechanismClaim, entry) for entry in value["mechanisms"])
-        plain["sites"] = tuple(_read(SiteClaim, entry) for entry in value["sites"])
-        plain["unprotected"] = tuple(value["unprotected"])
-        claim = cls(**plain)
-        if _derived(value) != _derived(claim.to_json()):
-            raise BudgetError("the claim contradicts itself", where="claim", remedy="Do not trust it.")
-        return claim
+        try:
+            claim = cls.model_validate(_given(cls, value))
+            if _derived(value) == _derived(claim.to_json()):
+                return claim
+        except (ValidationError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("not a claim that this version can read", where="claim",
+                                  remedy="Read it with the version of synthward that wrote it.") from error  # fmt: skip
+        raise BudgetError("the claim contradicts itself", where="claim", remedy="Do not trust it.")
 
-    def same_as(self, other: Claim) -> bool:
-        """Whether both say the same to the last digit."""
-        return json.dumps(self.to_json(), sort_keys=True) == json.dumps(other.to_json(), sort_keys=True)
 
-    def statement(self) -> str:
-        """The claim in plain words, for a reader who knows nothing of machine learning."""
-        count, unit, words = len(self.sites), self.unit, _UNITS[self.unit]
-        several = count > 1
-        sites = f"{count} sites" if several else "one site"
-        epsilon = two_digits_up(self.epsilon_max)
-        against = "the public, the coordinator and the other sites alike, even together"
-        sentences = (
-            "These images come from phantoms: procedurally drawn, so no patient is behind them. The figures below are "
-            "what the same run would have cost real records." if self.phantoms else "",
-            "" if self.protects else "The noise of this run came from a known seed, for tests: NOTHING IS PROTECTED. "
-            "The figures below are what secret noise would have given.",
-            f"What left the {sites} in this study (the model, the synthetic images, the figures in this report) "
-            f"{'is' if self.protects else 'would be'} differentially private with epsilon {epsilon} at delta "
-            f"{self.delta:g}, per {unit} at a site ({self.adjacency}).",
-            f"In plain words: it changes the odds that any one {unit} was there by {_odds(self.epsilon_max)}, but for "
-            f"a chance of about 1 in {round(1 / self.delta):,}. That bounds the worst case; it is no forecast.",
-            words["several"],
-            "Each site added all the noise that this needs before anything left it, so it holds against "
-            f"{against if several else 'the public and the coordinator alike'}. The site itself sees its records.",
-            f"{unit.capitalize()}s are either in the training or in the held-out part of their site, and cost what "
-            "happened to that part.",
-            f"{words['everywhere']} at every site is covered by the sum, epsilon {two_digits_up(self.epsilon_sum)} at "
-            f"delta {self.delta_sum:g}." if several else "",
-            f"Each site's ledger enforces the ceiling of epsilon {self.epsilon_ceiling:g} for this study; what other "
-            "studies on the same records cost is not in these figures.",
-            "The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
-            f"{self.public_sha256[:16]}…): whoever is in them is not covered by these figures." if self.public_sha256
-            else "",
-            f"Losses are added up by Opacus's {self.accountant.upper()} accountant over every noisy answer that was "
-            "begun, whether or not it was finished.",
-        )  # fmt: skip
-        return " ".join(sentence for sentence in sentences if sentence)
+def _sentences(claim: Claim) -> tuple[str, ...]:
+    """The claim in plain words; an empty sentence where there is nothing to say."""
+    count, unit, epsilon = len(claim.sites), claim.unit, claim.epsilon_max
+    several, left = count > 1, "the model, the synthetic images, the figures in this report"
+    against = "the public, the coordinator and the other sites alike, even together"
+    tuning = claim.tuning.meaning
+    return (
+        "These images come from phantoms: procedurally drawn, so no patient is behind them. The figures below are "
+        "what the same run would have cost real records." if claim.phantoms else "",
+        "" if claim.protects else "The noise of this run came from a known seed, for tests: NOTHING IS PROTECTED. "
+        "The figures below are what secret noise would have given.",
+        f"What left the {f'{count} sites' if several else 'one site'} in this study ({left}) "
+        f"{'is' if claim.protects else 'would be'} differentially private with epsilon "
+        f"{two_digits_up(epsilon)} at delta {claim.delta:g}, per {unit} and per site ({claim.adjacency}).",
+        f"In plain words: it changes the odds that any one {unit} was there by {_odds(epsilon)}, but for "
+        f"a chance of about 1 in {round(1 / claim.delta):,}. That bounds the worst case; it is no forecast.",
+        _SEVERAL[unit],
+        f"{_EVERYWHERE[unit]} at every site is covered by the sum over the sites only: epsilon "
+        f"{two_digits_up(claim.epsilon_sum)} at delta {claim.delta_sum:g}." if several else "",
+        "Each site added all the noise that this needs before anything left it, so it holds against "
+        f"{against if several else 'the public and the coordinator alike'}. The site itself sees its records.",
+        f"{unit.capitalize()}s are either in the training or in the held-out part of their site, and cost what "
+        "happened to that part.",
+        f"Each site's ledger enforces the ceiling of epsilon {claim.epsilon_ceiling:g} for this study; what other "
+        "studies on the same records cost is not in these figures.",
+        f"{tuning[0].upper()}{tuning[1:]}.",
+        "The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
+        f"{claim.public_sha256[:16]}…): whoever is in them is not covered by these figures." if claim.public_sha256
+        else "",
+        f"Losses are added up by Opacus's {claim.accountant.upper()} accountant over every noisy answer that was "
+        "begun, whether or not it was finished.",
+    )  # fmt: skip
 
 
 def two_digits_up(value: float) -> str:
@@ -309,9 +336,14 @@ def _odds(epsilon: float) -> str:
     return f"a factor of at most {math.ceil(round(factor * 10**digits, 6)) / 10**digits:,.{digits}f}"
 
 
-def _read(kind: type[Any], entry: dict[str, Any]) -> Any:
-    """A nested part without its derived fields."""
-    return kind(**{k: v for k, v in entry.items() if k in kind.__dataclass_fields__})
+def _given(kind: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:
+    """A claim's JSON without what follows from other fields."""
+    parts = {k: v for k, v in value.items() if k not in kind.model_computed_fields}
+    if kind is Claim:
+        parts |= {"mechanisms": [_given(MechanismClaim, entry) for entry in value["mechanisms"]],
+                  "sites": [_given(SiteClaim, entry) for entry in value["sites"]],
+                  "tuning": _given(TuningClaim, value["tuning"])}  # fmt: skip
+    return parts
 
 
 def _derived(value: dict[str, Any]) -> list[Any]:
@@ -319,3 +351,10 @@ def _derived(value: dict[str, Any]) -> list[Any]:
     names = ("epsilon_max", "epsilon_sum", "delta_sum", "adjacency", "protects")
     observers = [(entry["who"], entry["epsilon"], entry["delta"]) for entry in value["observers"]]
     return [*(value[name] for name in names), [entry["epsilon"] for entry in value["sites"]], observers]
+
+
+def schema_text() -> str:
+    """The JSON schema of a claim, as `claim.schema.json` holds it."""
+    schema = Claim.model_json_schema(mode="serialization")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "synthward privacy claim"}
+    return json.dumps({**schema, **head}, indent=2, sort_keys=True) + "\n"

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
     ├── StudyError            the study file: unknown key, value out of range, impossible plan
     ├── DataError             a site's images or labels cannot be used as they are
     ├── Refused               a site says no: which rule, what was asked, what is allowed
+    │   ├── NotApproved       nobody at the site approved the study; said alike whatever the reason
     │   ├── BudgetError       the privacy budget does not allow it, or cannot be reached
     │   └── PolicyRefusal     the site's own policy forbids it
     ├── StorageError          a file cannot be written or read (disk full, no permission)
@@ -66,6 +67,10 @@ class Refused(SynthwardError):
         super().__init__(what, where=where, remedy=remedy)
         self.asked = asked
         self.allowed = allowed
+
+
+class NotApproved(Refused):
+    """Nobody at the site approved the study, or somebody took it back."""
 
 
 class BudgetError(Refused):

@@ -67,6 +67,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: the same bytes for the same settings everywhere."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON atomically; NaN is refused, since it is not JSON."""
     atomic_write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

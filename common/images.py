@@ -82,10 +82,6 @@ class Units:
             out[member] = 1.0 / len(member)
         return out
 
-    def class_shares(self, classes: int) -> NDArray[np.float64]:
-        """Sum over units of the class shares of their images, (classes,): one unit adds a vector of norm at most 1."""
-        return np.bincount(self.images.labels, weights=self.weights(), minlength=classes).astype(np.float64)
-
     def with_class(self, classes: int) -> NDArray[np.int64]:
         """How many units have an image of each class, (classes,)."""
         return np.bincount(

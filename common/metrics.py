@@ -2,10 +2,10 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-Shapes: N records, C classes, B bins, R bootstrap replicates.
+Shapes: N images, U units, C classes, B bins, R bootstrap replicates.
 
 A site tests a classifier on held-out images and sends only one noisy vector: for each class the histogram of its score
-over the class's own records and over all others, and the confusion matrix. Everything reported is computed from it.
+over the class's own images and over all others, and the confusion matrix. Everything reported is computed from it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError, ReplyError
 
+if TYPE_CHECKING:
+    from common.bounded import BoundedSum
+    from common.images import Units
+
 Floats = NDArray[np.float64]
 _LOGIT_RANGE = 6.0
+_BLOCK_BYTES = 24 << 20  # of the rows in memory together
 # Added to the rates that are resampled (and taken off again): a count of 0 or n would else have an interval of width 0.
 _CELL_PRIOR = 0.5  # in each cell of the confusion matrix
 _HISTOGRAM_PRIOR = 1.0  # in a whole histogram
@@ -32,9 +37,9 @@ class ScoreCounts:
     """What one or more sites counted; exact, noisy, or a sum of such.
 
     Attributes:
-        positives: shape (C, B), histogram of class k's score over the records of class k.
-        negatives: shape (C, B), the same over the records of the other classes.
-        confusion: shape (C, C), records by (true class, predicted class).
+        positives: shape (C, B), histogram of class k's score over the images of class k.
+        negatives: shape (C, B), the same over the images of the other classes.
+        confusion: shape (C, C), images by (true class, predicted class).
     """
 
     positives: Floats
@@ -80,44 +85,72 @@ def vector_length(classes: int, bins: int) -> int:
 
 
 def l2_sensitivity(classes: int) -> float:
-    """L2 distance by which one record more or less moves `ScoreCounts.vector`: one bin a class, one confusion cell."""
+    """L2 norm of one image's row in `ScoreCounts.vector`: one bin per class, one confusion cell."""
     return math.sqrt(classes + 1)
 
 
-def count_scores(
-    probabilities: NDArray[Any], labels: NDArray[np.int64], bins: int, *, weights: Floats | None = None
-) -> ScoreCounts:
-    """Count the scores of N images, N = 0 included.
+def score_sum(units: Units, probabilities: NDArray[Any], bins: int, *, name: str) -> BoundedSum:
+    """Counts of one classifier's scores as a sum over units: part `name`, a `ScoreCounts.vector`, one row per unit.
+
+    A unit's row is the mean of its images' rows, so that it is no longer than one image's. An image whose scores are
+    not finite adds zero: nothing raises because of an image.
+
+    Args:
+        probabilities: shape (N, C), of the units' images in their order; each row depends on its own image alone.
+        bins: as for `count_scores`.
+    """
+    from common.bounded import RunningSum  # late: brings torch, and a plan needs only `l2_sensitivity`
+
+    classes = probabilities.shape[1]
+    length = vector_length(classes, bins)
+    cells, usable = _cells(probabilities, units.images.labels, bins)
+    running, at_once = RunningSum({name: (length,)}, l2_sensitivity(classes)), max(1, _BLOCK_BYTES // (8 * length))
+    for start in range(0, len(units), at_once):
+        members = units.members[start : start + at_once]
+        images = np.concatenate(members)
+        row = np.repeat(np.arange(len(members)), [len(member) for member in members])
+        share = np.concatenate([np.full(len(member), 1.0 / len(member)) for member in members])
+        rows = np.zeros((len(members), length))
+        np.add.at(rows, (row[:, None], cells[images]), (share * usable[images])[:, None])
+        running.add({name: rows})
+    return running.total()
+
+
+def count_scores(probabilities: NDArray[Any], labels: NDArray[np.int64], bins: int) -> ScoreCounts:
+    """Count the scores of N images, N = 0 included; exact, so for images that need no protection, and for tests.
 
     Args:
         probabilities: shape (N, C), values 0 to 1.
         labels: shape (N,), values 0 to C - 1.
         bins: equal bins of logit(p) on [-6, 6]; the end bins take what lies outside.
-        weights: shape (N,), each image's share of its privacy unit (a unit's images sum to 1, so that the unit moves
-            the counts by no more than one image would: a mean of vectors); None = every image is a unit.
 
     Raises:
         DataError: shapes that do not fit, a label out of range, a probability that is NaN or outside [0, 1].
     """
+    classes = probabilities.shape[1]
+    cells, usable = _cells(probabilities, labels, bins)
+    if not usable.all():
+        raise DataError("a probability is NaN or outside 0 to 1", where="score counts", remedy="Check the classifier.")
+    vector = np.bincount(cells.ravel(), minlength=vector_length(classes, bins)).astype(np.float64)
+    return ScoreCounts.from_vector(vector, classes, bins)
+
+
+def _cells(
+    probabilities: NDArray[Any], labels: NDArray[np.int64], bins: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where in `ScoreCounts.vector` each image counts (N, C + 1), and whether its scores are usable (N,)."""
     count, classes = probabilities.shape
-    scores = probabilities.astype(np.float64)
     if labels.shape != (count,) or not ((labels >= 0) & (labels < classes)).all():
         raise DataError(f"labels do not fit {count} scores of {classes} classes", where="score counts")
-    if not ((scores >= 0) & (scores <= 1)).all():  # False for NaN too
-        raise DataError("a probability is NaN or outside 0 to 1", where="score counts", remedy="Check the classifier.")
+    usable: NDArray[np.bool_] = np.all((probabilities >= 0) & (probabilities <= 1), axis=1)  # False for NaN too
+    scores = np.where(usable[:, None], probabilities, 0.5).astype(np.float64)
     with np.errstate(divide="ignore"):
         logits = np.log(scores) - np.log1p(-scores)
     position = (np.clip(logits, -_LOGIT_RANGE, _LOGIT_RANGE) + _LOGIT_RANGE) / (2 * _LOGIT_RANGE) * bins
-    cell = np.minimum(position.astype(np.int64), bins - 1)
-    share = np.ones(count) if weights is None else weights
-    positives, negatives = np.zeros((classes, bins)), np.zeros((classes, bins))
-    for k in range(classes):
-        own = labels == k
-        positives[k] = np.bincount(cell[own, k], weights=share[own], minlength=bins)
-        negatives[k] = np.bincount(cell[~own, k], weights=share[~own], minlength=bins)
-    confusion = np.zeros((classes, classes))
-    np.add.at(confusion, (labels, scores.argmax(axis=1)), share)
-    return ScoreCounts(positives, negatives, confusion)
+    each = np.arange(classes)
+    histogram = (2 * each + (labels[:, None] != each)) * bins + np.minimum(position.astype(np.int64), bins - 1)
+    confusion = classes * 2 * bins + labels * classes + scores.argmax(axis=1)
+    return np.concatenate([histogram, confusion[:, None]], axis=1), usable
 
 
 def auc_from_counts(positives: Floats, negatives: Floats) -> Floats:
@@ -149,11 +182,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a report prints of one classifier; tuples have one entry a class, one class against the rest.
+    """What a report prints of one classifier; tuples have one entry per class, one class against the rest.
 
     Attributes:
         auc_macro, f1_macro: means over the classes for which the figure is defined.
-        support: records of the class; its interval holds the privacy noise only.
+        support: images of the class (of a patient, shares); its interval holds the privacy noise only.
         confidence: of every interval.
     """
 
@@ -188,7 +221,7 @@ def figures(
 ) -> Figures:
     """Figures of (summed, noisy) counts, with parametric bootstrap intervals (Efron & Tibshirani 1993, section 6.5).
 
-    A replicate is the observed count, plus a centred Poisson draw of that mean (which records were tested), plus
+    A replicate is the observed count, plus a centred Poisson draw of that mean (which images were tested), plus
     Gaussian noise once more (privacy). Both errors are therefore in each interval.
 
     Args:
@@ -210,7 +243,7 @@ def figures(
 
     per_class_auc = auc_from_counts(counts.positives, counts.negatives)
     auc_again = np.empty((replicates, classes))
-    for k in range(classes):  # a class at a time: with many bins all at once would fill memory
+    for k in range(classes):  # one class at a time: with many bins all at once would fill memory
         sides = (
             again(counts.positives[k], _HISTOGRAM_PRIOR / bins),
             again(counts.negatives[k], _HISTOGRAM_PRIOR / bins),

@@ -2,47 +2,48 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-N images, U units, K classes, C channels, S pixels a side, d low and h high coordinates.
+N images, U units, K classes, C channels, S pixels per side, d low and h high coordinates.
 
 An image is turned into DCT coefficients of its (opponent) colours, each multiplied by a public weight that grows with
-frequency as natural images fade with it (Field 1987), so that a clipping norm and noise fall on all frequencies alike.
-The lowest frequencies are the *low* coordinates, with means a class and one covariance of all classes; what sets the
-classes' covariances apart is their energy by *band* (a third of an octave of one colour), over low and high ones.
+frequency as natural images fade with it (Field 1987), so that a clip norm and noise fall on all frequencies alike.
+The lowest frequencies are the *low* coordinates, with means per class and one covariance of all classes; what sets the
+classes' covariances apart is their *band power* (a band is a third of an octave of one colour), over low and high ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft
 
+from common.bounded import BoundedSum, Rows, sum_over_units
 from common.images import Units
 from common.study import Symmetry
 
 Floats = NDArray[np.float64]
-MEAN_REACH, SPREAD_REACH = 2.5, 1.5  # clipping norms, in units of a typical image's norm (1 by the public spectrum)
-NORM_REACH = 3.0  # where an image's norm itself is clipped: hardly any image is so far from its class's mean
+MEAN_CLIP_NORM, SPREAD_CLIP_NORM = 2.5, 1.5  # in units of a typical image's norm (1 by the public spectrum)
+NORM_CLIP = 3.0  # where an image's norm itself is clipped: hardly any image is so far from its class's mean
 _AMPLITUDE, _FADING = 0.2, 1.5  # public spectrum: std of coefficient (i, j) as a share of white, 0.2 (1 + i + j)^-1.5
 _CHROMA = 0.5  # of that, for the colour differences
 _WEIGHTING = 1.0  # weight (1 + i + j)^1: below the fading, so that low frequencies still count for more
 _HIGH_NORM = 0.5  # typical norm of an image's high coordinates
 _BANDS_PER_OCTAVE = 3
-MEANS_PART, SQUARES_PART, ENERGIES_PART, NORM_PART = 0.40, 0.84, 0.35, 0.10  # of one unit's norm; squares sum to < 1
-SPREAD_PART = math.hypot(SQUARES_PART, ENERGIES_PART, NORM_PART)
-_AT_ONCE = 256  # images whose coefficients are in memory together
+# The two sums are two parts of one release of sensitivity 1: the squares of their bounds add up to less than 1.
+MEANS_PART, SECOND_MOMENTS_PART, BAND_POWER_PART, NORM_PART = 0.40, 0.84, 0.35, 0.10
+SPREAD_PART = math.hypot(SECOND_MOMENTS_PART, BAND_POWER_PART, NORM_PART)
+_BLOCK_BYTES = 24 << 20  # of the rows in memory together; clipping and summing them takes two to three times as much
 _OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
 
 
 def dct_basis(size: int) -> Floats:
     """Orthonormal DCT-II rows (size, size), lowest frequency first."""
-    k, n = np.arange(size)[:, None], np.arange(size)[None, :]
-    rows: Floats = np.cos(np.pi * (n + 0.5) * k / size) * math.sqrt(2.0 / size)
-    rows[0] /= math.sqrt(2.0)
+    rows: Any = fft.dct(np.eye(size), axis=0, norm="ortho")  # scipy's own type says something else
     return rows
 
 
@@ -53,7 +54,7 @@ class Coordinates:
     Args:
         size: S.
         channels: C, 1 or 3.
-        components: lowest frequencies a side among the low coordinates; colour differences have half as many.
+        components: lowest frequencies per side among the low coordinates; colour differences have half as many.
         symmetry: changes of an image under which their distribution is the same, as far as the study knows.
     """
 
@@ -111,12 +112,12 @@ class Coordinates:
 
         All bases together are orthonormal, and those of a group have the same covariance (Schur's lemma; Shah and
         Chandrasekaran 2012). The first group is one basis, of the patterns that no change changes: a mean lies in it.
-        A mirror flips the sign of odd columns; a quarter turn also exchanges rows and columns.
+        A horizontal flip changes the sign of odd columns; a quarter turn also exchanges rows and columns.
         """
         if self.symmetry == "none":
             return ((np.eye(self.dimension),),)
         colour, row, column = np.nonzero(self.low)
-        if self.symmetry == "mirror":
+        if self.symmetry == "hflip":
             return _some((np.eye(self.dimension)[:, column % 2 == odd],) for odd in (0, 1))
         index = np.full(self.low.shape, -1)
         index[colour, row, column] = np.arange(self.dimension)
@@ -145,17 +146,23 @@ class Coordinates:
     def band_count(self) -> int:
         return int(self.bands.max()) + 1
 
-    def by_band(self, low: Floats, high: Floats) -> Floats:
-        """Sums over each band, (N, bands), of numbers of low (N, d) and high (N, h) coordinates."""
-        member = np.eye(self.band_count)[np.concatenate([self.bands[self.low], self.bands[~self.low]])]
-        sums: Floats = np.concatenate([low, high], axis=1) @ member
+    @cached_property
+    def _by_band(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(order of low then high coordinates by band, where in that order each band begins)."""
+        bands = np.concatenate([self.bands[self.low], self.bands[~self.low]])
+        order = np.argsort(bands, kind="stable")
+        return order, np.searchsorted(bands[order], np.arange(self.band_count))
+
+    def by_band(self, numbers: Floats) -> Floats:
+        """Sums over each band, (N, bands), of numbers of low and then high coordinates (N, d + h)."""
+        order, starts = self._by_band
+        sums: Floats = np.add.reduceat(numbers[:, order], starts, axis=1)
         return sums
 
     def of(self, images: NDArray[np.uint8]) -> tuple[Floats, Floats]:
         """Images (N, C, S, S) -> low (N, d) and high (N, h) coordinates."""
-        rows = dct_basis(self.size)
-        pixels = images.astype(np.float64) / 127.5 - 1.0
-        weighted = np.einsum("ec,ncij->neij", self.colours, rows @ pixels @ rows.T) * self.weights
+        coefficients: Any = fft.dctn(images / 127.5 - 1.0, axes=(2, 3), norm="ortho", overwrite_x=True)
+        weighted = np.einsum("ec,ncij->neij", self.colours, coefficients) * self.weights
         return weighted[:, self.low], weighted[:, ~self.low]
 
 
@@ -169,24 +176,23 @@ def coordinates(size: int, channels: int, components: int, symmetry: Symmetry = 
     return Coordinates(size, channels, components, symmetry)
 
 
-def _portions(count: int) -> Iterator[slice]:
-    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+def class_counts(units: Units, classes: int) -> BoundedSum:
+    """Part "counts" (K,): units by class; a unit of images of several classes adds their shares, 1 in all."""
+    each = np.eye(classes)
+    return sum_over_units(units, {"counts": (classes,)}, 1.0, lambda _, labels: {"counts": each[labels]})
 
 
-def _clip(vectors: Floats) -> Floats:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
+def class_sums(units: Units, classes: int, space: Coordinates) -> BoundedSum:
+    """Part "means" (K, d): low coordinates summed by class, clipped to MEAN_CLIP_NORM, which counts as MEANS_PART."""
+    shapes = {"means": (classes, space.dimension)}
 
+    def rows_of(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Rows:
+        low, _ = space.of(images)
+        means = np.zeros((len(labels), *shapes["means"]))
+        means[np.arange(len(labels)), labels] = low * (MEANS_PART / MEAN_CLIP_NORM)
+        return {"means": means}
 
-def class_sums(units: Units, classes: int, space: Coordinates) -> Floats:
-    """Sums (K, d) over units of clipped low coordinates; a unit moves them by at most MEANS_PART in L2.
-
-    A unit of several images adds their mean, so that it moves the sums no more than one image would.
-    """
-    sums, weights = np.zeros((classes, space.dimension)), units.weights()[:, None]
-    for these in _portions(len(weights)):
-        low, _ = space.of(units.images.images[these])
-        np.add.at(sums, units.images.labels[these], _clip(low / MEAN_REACH) * weights[these])
-    return MEANS_PART * sums
+    return sum_over_units(units, shapes, MEANS_PART, rows_of, at_once=_at_once(shapes, space))
 
 
 def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: float) -> Floats:
@@ -201,48 +207,65 @@ def class_means(sums: Floats, counts: Floats, space: Coordinates, *, noise_std: 
     apart = sums / counts[:, None] - overall
     noise = still.shape[1] * (noise_std / counts) ** 2
     keep = np.maximum(0.0, 1.0 - noise / np.maximum(np.square(apart).sum(axis=1), 1e-12))
-    return (overall + keep[:, None] * apart) * MEAN_REACH
+    return (overall + keep[:, None] * apart) * MEAN_CLIP_NORM
 
 
-def spread_sums(units: Units, centres: Floats, space: Coordinates) -> dict[str, Floats]:
-    """Sums over units of squares about given centres; a unit moves all of them together by at most SPREAD_PART in L2.
+def spread_sums(units: Units, centres: Floats, space: Coordinates) -> BoundedSum:
+    """Sums of squares about given centres; all parts together have the bound SPREAD_PART.
 
     Args:
         centres: (K, d), public or already private.
 
     Returns:
-        "squares" (d (d + 1) / 2,): products of low coordinates, off-diagonal entries times sqrt(2), so that the norm
-        is that of the whole matrix; "energies" (K, bands): squares of all coordinates by class and band; "norm" (1,):
-        the squared norms that images had before clipping, so that what clipping took can be given back. With p, q, r
-        for the three parts, an image's clipped vector (u, v) adds p u uᵀ, q times parts of u² and v², and at most r:
-        of norm at most sqrt(p² |u|⁴ + q² (|u|² + |v|²)² + r²) ≤ sqrt(p² + q² + r²); a unit adds its images' mean.
+        "second_moments" (d (d + 1) / 2,): products of low coordinates, packed; "band_power" (K, bands): squares of all
+        coordinates by class and band; "norm" (1,): the squared norms that images had before clipping, so that what
+        clipping took can be given back. With p, q, r for the three parts' sizes, an image's clipped vector (u, v) of
+        norm 1 at most gives p u uᵀ, q times parts of u² and v², and at most r: a row of norm at most
+        sqrt(p² |u|⁴ + q² (|u|² + |v|²)² + r²) ≤ SPREAD_PART, which is what rows are clipped to. So that clipping
+        shortens none, and the bound does not rest on this.
     """
-    d, weights = space.dimension, units.weights()[:, None]
-    squares, energies = np.zeros((d, d)), np.zeros((len(centres), space.band_count))
-    norm = np.zeros(1)
-    for these in _portions(len(weights)):
-        low, high = space.of(units.images.images[these])
-        labels = units.images.labels[these]
+    d, classes, bands = space.dimension, len(centres), space.band_count
+    shapes = {"second_moments": (space.packed,), "band_power": (classes, bands), "norm": (1,)}
+    i, j = np.triu_indices(d)
+    factor = SECOND_MOMENTS_PART * _packing(d)
+
+    def rows_of(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Rows:
+        low, high = space.of(images)
         whole = np.concatenate([low - centres[labels], high], axis=1)
-        norm += weights[these, 0] @ np.minimum(np.square(whole).sum(axis=1) / NORM_REACH**2, 1.0)
-        clipped = _clip(whole / SPREAD_REACH)
-        low, high = clipped[:, :d], clipped[:, d:]
-        squares += (low * weights[these]).T @ low
-        np.add.at(energies, labels, weights[these] * space.by_band(np.square(low), np.square(high)))
-    return {
-        "squares": SQUARES_PART * pack(squares), "energies": ENERGIES_PART * energies, "norm": NORM_PART * norm
-    }  # fmt: skip
+        norms = np.sqrt(np.square(whole).sum(axis=1, keepdims=True))
+        whole /= np.maximum(norms, SPREAD_CLIP_NORM)
+        products = np.take(whole, i, axis=1)
+        products *= np.take(whole, j, axis=1)
+        products *= factor
+        power = np.zeros((len(labels), classes, bands))
+        power[np.arange(len(labels)), labels] = BAND_POWER_PART * space.by_band(np.square(whole))
+        return {
+            "second_moments": products, "band_power": power,
+            "norm": NORM_PART * np.minimum(norms / NORM_CLIP, 1.0) ** 2,
+        }  # fmt: skip
+
+    return sum_over_units(units, shapes, SPREAD_PART, rows_of, at_once=_at_once(shapes, space))
+
+
+def _at_once(shapes: Mapping[str, tuple[int, ...]], space: Coordinates) -> int:
+    """How many images' rows, with what is computed on the way to them, fit a block; at least 1."""
+    numbers = sum(math.prod(shape) for shape in shapes.values()) + 4 * space.low.size
+    return max(1, min(256, _BLOCK_BYTES // (8 * numbers)))
+
+
+def _packing(d: int) -> Floats:
+    """What `pack` multiplies a matrix's upper entries with: 1 on the diagonal, else sqrt(2)."""
+    i, j = np.triu_indices(d)
+    return np.where(i == j, 1.0, math.sqrt(2.0))
 
 
 def pack(matrix: Floats) -> Floats:
     """Symmetric (d, d) as (d (d + 1) / 2,) of the same norm."""
-    upper = np.triu_indices(len(matrix))
-    return matrix[upper] * np.where(upper[0] == upper[1], 1.0, math.sqrt(2.0))
+    return matrix[np.triu_indices(len(matrix))] * _packing(len(matrix))
 
 
 def unpack(packed: Floats, d: int) -> Floats:
     """The inverse of `pack`."""
-    upper = np.triu_indices(d)
     matrix = np.zeros((d, d))
-    matrix[upper] = packed / np.where(upper[0] == upper[1], 1.0, math.sqrt(2.0))
+    matrix[np.triu_indices(d)] = packed / _packing(d)
     return matrix + np.triu(matrix, 1).T

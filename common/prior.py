@@ -1,8 +1,8 @@
-"""A Gaussian a class, from private moments or from public knowledge alone: what the diffusion model starts from.
+"""A Gaussian per class, from private moments or from public knowledge alone: what the diffusion model starts from.
 
 SPDX-License-Identifier: Apache-2.0
 
-K classes, C channels, S pixels a side, d low coordinates (`common/moments.py`).
+K classes, C channels, S pixels per side, d low coordinates (`common/moments.py`).
 Everything here is post-processing: it reads noisy sums and no image.
 """
 
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.moments import (
-    ENERGIES_PART,
+    BAND_POWER_PART,
+    NORM_CLIP,
     NORM_PART,
-    NORM_REACH,
-    SPREAD_REACH,
-    SQUARES_PART,
+    SECOND_MOMENTS_PART,
+    SPREAD_CLIP_NORM,
     Coordinates,
     Floats,
     class_means,
@@ -34,7 +34,7 @@ _STEEPEST = 0.95  # a direction keeps at least 5 % of the variance that its coor
 
 @dataclass(frozen=True)
 class Prior:
-    """Gaussian images a class: its mean, and a covariance that is one for all classes but for the scale of each band.
+    """Gaussian images per class: its mean, and a covariance that is one for all classes but for the scale of each band.
 
     Attributes:
         means: (K + 1, d); the last is the mean of all, for an image of unknown class.
@@ -59,28 +59,28 @@ class Prior:
 
     @classmethod
     def fit(
-        cls, space: Coordinates, sums: Floats, squares: Floats, energies: Floats, norm: Floats, counts: Floats, *,
-        noise_std: float,
+        cls, space: Coordinates, sums: Floats, second_moments: Floats, band_power: Floats, norm: Floats, counts: Floats,
+        *, noise_std: float,
     ) -> Prior:  # fmt: skip
         """From noisy sums over all sites.
 
         Args:
-            sums, squares, energies, norm: of `class_sums` and `spread_sums`.
+            sums, second_moments, band_power, norm: of `class_sums` and `spread_sums`.
             counts: (K,), noisy.
             noise_std: of each number in the sums.
         """
         counts = np.maximum(counts, 1.0)
         shares, total = counts / counts.sum(), counts.sum()
         means = class_means(sums, counts, space, noise_std=noise_std)
-        back = taken_by_clipping(energies, norm, noise_std=noise_std)
-        scale = back * SPREAD_REACH**2 / total / SQUARES_PART
-        within = _symmetric(space, unpack(squares, space.dimension) * scale, noise_std * scale)
+        back = taken_by_clipping(band_power, norm, noise_std=noise_std)
+        scale = back * SPREAD_CLIP_NORM**2 / total / SECOND_MOMENTS_PART
+        within = _symmetric(space, unpack(second_moments, space.dimension) * scale, noise_std * scale)
         overall = shares @ means
         apart = means - overall
         everything = within + (apart.T * shares) @ apart
-        energy = np.maximum(energies.sum(axis=0) * back * SPREAD_REACH**2 / total / ENERGIES_PART, 0.0)
-        high = _spread(space, energy)
-        factors = band_factors(energies, counts, noise_std=noise_std)
+        power = np.maximum(band_power.sum(axis=0) * back * SPREAD_CLIP_NORM**2 / total / BAND_POWER_PART, 0.0)
+        high = _spread(space, power)
+        factors = band_factors(band_power, counts, noise_std=noise_std)
         stretch = np.sqrt(factors[:, space.bands[space.low]])
         covariances = np.concatenate([stretch[:, :, None] * within * stretch[:, None, :], everything[None]])
         return cls(
@@ -89,33 +89,34 @@ class Prior:
         )  # fmt: skip
 
 
-def taken_by_clipping(energies: Floats, norm: Floats, *, noise_std: float) -> float:
+def taken_by_clipping(band_power: Floats, norm: Floats, *, noise_std: float) -> float:
     """By what to multiply clipped squares to undo what clipping took from them on average, 1 to 16.
 
     Clipping shortens an image's vector and leaves its direction, so what it takes from a covariance is a factor, but
     for how direction and length go together.
 
     Args:
-        energies: (K, bands), norm: (1,), noisy, of `spread_sums`.
+        band_power: (K, bands), norm: (1,), noisy, of `spread_sums`.
         noise_std: of each number.
     """
-    left = max(float(energies.sum()), noise_std * math.sqrt(energies.size), 1e-9) * SPREAD_REACH**2 / ENERGIES_PART
-    return float(np.clip(norm[0] * NORM_REACH**2 / NORM_PART / left, 1.0, _LARGEST_BACK))
+    left = max(float(band_power.sum()), noise_std * math.sqrt(band_power.size), 1e-9) / BAND_POWER_PART
+    before = norm[0] / NORM_PART
+    return float(np.clip(before * NORM_CLIP**2 / (left * SPREAD_CLIP_NORM**2), 1.0, _LARGEST_BACK))
 
 
-def band_factors(energies: Floats, counts: Floats, *, noise_std: float) -> Floats:
+def band_factors(band_power: Floats, counts: Floats, *, noise_std: float) -> Floats:
     """How much more a class varies in a band than all classes do together, (K, bands), around 1.
 
     A factor is drawn towards the class's own mean over the bands, and that towards 1, by the share of noise in each
-    (Efron and Morris 1973), so that a rare class, or a band with next to no energy, has no factor of its own.
+    (Efron and Morris 1973), so that a rare class, or a band with next to no power, has no factor of its own.
 
     Args:
-        energies: (K, bands), noisy, of `spread_sums`.
+        band_power: (K, bands), noisy, of `spread_sums`.
         counts: (K,), at least 1 each.
-        noise_std: of each number in `energies`.
+        noise_std: of each number in `band_power`.
     """
-    whole = np.maximum(energies.sum(axis=0) / counts.sum(), 1e-9)
-    apart = energies / counts[:, None] / whole - 1.0
+    whole = np.maximum(band_power.sum(axis=0) / counts.sum(), 1e-9)
+    apart = band_power / counts[:, None] / whole - 1.0
     noise = np.square(noise_std / counts[:, None] / whole)
     weights = 1.0 / (noise + _TYPICAL)
     own = (apart * weights).sum(axis=1, keepdims=True) / (weights.sum(axis=1, keepdims=True) + 1.0 / _TYPICAL)
@@ -163,9 +164,9 @@ def cleaned(noisy: Floats, noise_std: float) -> Floats:
     return whole
 
 
-def _spread(space: Coordinates, energy: Floats) -> Floats:
-    """Energy by band (bands,) as variances (C, S, S) of high coordinates, in the public spectrum's proportions."""
+def _spread(space: Coordinates, power: Floats) -> Floats:
+    """Power by band (bands,) as variances (C, S, S) of high coordinates, in the public spectrum's proportions."""
     guess = np.where(space.low, 0.0, np.square(space.spectrum * space.weights))
     whole = np.bincount(space.bands.ravel(), guess.ravel(), space.band_count)
-    variances: Floats = guess * (energy / np.maximum(whole, 1e-300))[space.bands]
+    variances: Floats = guess * (power / np.maximum(whole, 1e-300))[space.bands]
     return np.where(space.low, 0.0, variances)

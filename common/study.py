@@ -2,41 +2,52 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-One TOML file describes one collaboration. Its SHA-256 (over the settings, in canonical JSON) names the study at
-every party. Nothing here can be set at a site; what a site owns is in its site file (`client/site.py`).
+One TOML file describes one collaboration. The SHA-256 of what is agreed (canonical JSON) names the study at every
+party; `ENVIRONMENT` lists the settings of a machine that stand in the same file and are no part of it. Nothing here can
+be set at a site; what a site owns is in its site file (`client/site.py`). Every number has a bound: a site builds the
+network and solves the plan of a study before anybody has approved it.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import tomllib
-from pathlib import Path
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from common.errors import StudyError
+from common.files import canonical_json
+from common.settings import Settings
 
 Modality = Literal["radiology", "ophthalmology", "histopathology"]
-Symmetry = Literal["none", "mirror", "square"]
+Symmetry = Literal["none", "hflip", "dihedral"]
 _SYMMETRIES: dict[Modality, Symmetry] = {  # the heart is on one side; eyes come in pairs; a slide lies as it lies
-    "radiology": "none", "ophthalmology": "mirror", "histopathology": "square",
+    "radiology": "none", "ophthalmology": "hflip", "histopathology": "dihedral",
 }  # fmt: skip
 
 
-class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, numbers finite."""
+Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Side = Annotated[int, Field(ge=1, le=16)]
+MOST_CHANNELS = 1024  # of the network's deepest level
+MOST_STEPS = 200_000  # noisy sums of a study in one mechanism
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+ENVIRONMENT: dict[str, Any] = {  # settings of the machine that runs a study: not agreed, not hashed, not sent
+    "federation": {"timeout_seconds"}, "pretrain": {"path"}, "simulation": True,
+}  # fmt: skip
 
 
 class StudyInfo(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="lower case, digits, hyphens")
     modality: Modality
-    description: str = ""
+    description: str = Field(default="", max_length=2000)
     seed: int = Field(default=0, ge=0, description="seeds the server's public choices only (initial weights, sampling)")
+
+
+class TuningConfig(Settings):
+    """What the settings of the study were chosen on: differential privacy does not cover choices made on records."""
+
+    basis: Literal["undeclared", "nothing", "public data", "phantoms", "earlier private runs"] = "undeclared"
+    sources: tuple[Name, ...] = Field(default=(), max_length=16, description="by name: data sets, or runs")
 
 
 class DataConfig(Settings):
@@ -44,10 +55,10 @@ class DataConfig(Settings):
 
     image_size: int = Field(ge=8, le=256, description="pixels, height and width")
     channels: Literal[1, 3]
-    classes: tuple[str, ...] = Field(min_length=2, max_length=64, description="biomarker classes, in label order")
+    classes: tuple[Name, ...] = Field(min_length=2, max_length=64, description="biomarker classes, in label order")
     symmetry: Symmetry | None = Field(
-        default=None, description="changes of an image that mean nothing: mirror = left to right, square = also turns; "
-        "default: none in radiology, mirror in ophthalmology, square in histopathology"
+        default=None, description="changes of an image that mean nothing: hflip = left to right, dihedral = turns too; "
+        "default: none in radiology, hflip in ophthalmology, dihedral in histopathology"
     )  # fmt: skip
 
 
@@ -56,8 +67,8 @@ class NetworkConfig(Settings):
 
     patch_size: Literal[1, 2, 4, 8] = 2
     width: int = Field(default=32, ge=8, le=512, description="channels at the first level; doubled a level")
-    depths: tuple[int, ...] = Field(default=(2, 2), min_length=1, max_length=4)
-    heads: tuple[int, ...] = Field(default=(2, 4), min_length=1, max_length=4)
+    depths: tuple[Side, ...] = Field(default=(2, 2), min_length=1, max_length=4)
+    heads: tuple[Side, ...] = Field(default=(2, 4), min_length=1, max_length=4)
     window: int = Field(default=7, ge=2, le=16, description="window side, tokens")
     mlp_ratio: float = Field(default=2.0, gt=0, le=8)
     class_conditional: bool | None = Field(
@@ -90,29 +101,29 @@ class PretrainConfig(Settings):
     source: Literal["phantoms", "npz", "none"] = Field(
         default="phantoms", description="npz = a public set in a file at the server; its own people are not protected"
     )
-    path: str | None = Field(default=None, min_length=1, description="the public set, in MedMNIST's layout")
+    path: str | None = Field(
+        default=None, min_length=1, description="the public set, in MedMNIST's layout; not agreed: its hash is"
+    )
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of that file")
-    images: int = Field(default=4000, ge=64, le=1_000_000, description="phantoms drawn; of a public set all are taken")
-    steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=64, ge=1)
+    images: int = Field(default=4000, ge=64, le=100_000, description="phantoms drawn; of a public set all are taken")
+    steps: int = Field(default=300, ge=1, le=1_000_000)
+    batch_size: int = Field(default=64, ge=1, le=4096)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
 
 
 class TrainingConfig(Settings):
     rounds: int = Field(ge=0, le=10_000, description="0 = the private moments alone")
-    step: Literal["summed", "local"] = Field(
-        default="summed", description="one step of the sites' summed gradients a round, or local steps, then averaging"
+    algorithm: Literal["fedsgd", "fedavg"] = Field(
+        default="fedsgd",
+        description="FedSGD: one step of the sites' summed gradients per round; FedAvg: local steps, then averaging",
     )
     local_steps: int = Field(default=1, ge=1, le=10_000, description="DP-SGD steps a round at each site")
     parameters: Literal["all", "modulation", "head"] = Field(
         default="modulation", description="what is trained: fewer numbers take less noise"
     )
     sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a record, each step")
-    max_grad_norm: float = Field(default=0.1, gt=0)
+    max_grad_norm: float = Field(default=0.1, ge=1e-3, le=1e3, description="C: L2 bound of a unit's gradient")
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
-    second_moment: Literal["plain", "corrected"] = Field(
-        default="plain", description="Adam's; corrected = less the variance that the noise is known to add"
-    )
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="a local step")
     max_update_norm: float | None = Field(default=None, gt=0, description="L2; default: the bound that Adam implies")
 
@@ -133,8 +144,10 @@ class PrivacyConfig(Settings):
 
 
 class FederationConfig(Settings):
-    min_sites: int = Field(default=2, ge=1)
-    timeout_seconds: float = Field(default=1800, gt=0, description="longest wait for the sites' answers to one request")
+    min_sites: int = Field(default=2, ge=1, le=1000)
+    timeout_seconds: float = Field(
+        default=1800, gt=0, description="longest wait for the sites' answers to one request; of the machine, not agreed"
+    )
 
 
 class GenerationConfig(Settings):
@@ -150,28 +163,28 @@ class GenerationConfig(Settings):
     guidance: float = Field(
         default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
     )
-    batch_size: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=100, ge=1, le=4096)
 
 
 class ValidationConfig(Settings):
-    backbone: str = Field(default="test_efficientnet_gn", description="a timm model name")
-    steps: int = Field(default=600, ge=1)
-    batch_size: int = Field(default=128, ge=2)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    backbone: str = Field(default="test_efficientnet_gn", max_length=80, description="a timm model name")
+    steps: int = Field(default=600, ge=1, le=1_000_000)
+    batch_size: int = Field(default=128, ge=2, le=4096)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
     bins: int = Field(default=24, ge=4, le=512, description="bins of each score histogram")
-    reference_steps: int = Field(default=100, ge=1, description="DP-SGD steps of the real-data reference")
-    reference_learning_rate: float = Field(default=3e-3, gt=0)
+    reference_steps: int = Field(default=100, ge=1, le=10_000, description="DP-SGD steps of the real-data reference")
+    reference_learning_rate: float = Field(default=3e-3, gt=0, le=1)
     reference_sample_rate: float = Field(default=0.1, gt=0, le=1)
 
 
 class SimulationConfig(Settings):
-    """Only read when the study is run on one machine with simulated sites."""
+    """Only read when the study is run on one machine with simulated sites; not agreed, not hashed."""
 
     sites: int = Field(default=3, ge=1, le=64)
     label_skew: float = Field(
         default=0.5, ge=0, le=1, description="0 = same class mix at every site, 1 = strongly different"
     )
-    phantoms_per_site: int = Field(default=600, ge=20)
+    phantoms_per_site: int = Field(default=600, ge=20, le=1_000_000)
     own_reference: bool = Field(
         default=True, description="with real images: each site also trains, for itself alone, a classifier on its own"
     )
@@ -181,6 +194,7 @@ class Study(Settings):
     """One collaboration, whole."""
 
     study: StudyInfo
+    tuning: TuningConfig = TuningConfig()
     data: DataConfig
     network: NetworkConfig = NetworkConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -202,26 +216,27 @@ class Study(Settings):
             raise ValueError(
                 f"network.patch_size: {side} px do not divide by {net.patch_size} and {len(net.depths) - 1} halvings"
             )
+        if net.width * 2 ** (len(net.depths) - 1) > MOST_CHANNELS:
+            raise ValueError(f"network.width: over {MOST_CHANNELS} channels at the deepest level")
+        if self.training.rounds * self.training.local_steps > MOST_STEPS:
+            raise ValueError(f"training.rounds: over {MOST_STEPS} steps in all")
         for level, heads in enumerate(net.heads):
-            if heads < 1 or (net.width * 2**level) % heads:
+            if (net.width * 2**level) % heads:
                 raise ValueError(f"network.heads: {heads} heads do not divide {net.width * 2**level} channels")
         if self.moments.components >= side:
             raise ValueError(f"moments.components: not fewer than the {side} px of a side")
-        if self.training.step == "summed" and self.training.local_steps != 1:
-            raise ValueError('training.local_steps: must be 1 where training.step is "summed"')
-        if self.training.second_moment == "corrected" and self.training.step != "summed":
-            raise ValueError('training.second_moment: "corrected" goes with training.step "summed" only')
+        if self.training.algorithm == "fedsgd" and self.training.local_steps != 1:
+            raise ValueError('training.local_steps: must be 1 where training.algorithm is "fedsgd"')
         if self.training.rounds == 0 and self.privacy.moments_share == 0:
             raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
-        for name in ("path", "sha256"):
-            if (getattr(self.pretrain, name) is not None) != (self.pretrain.source == "npz"):
-                raise ValueError(f'pretrain.{name}: goes with pretrain.source "npz", which needs path and sha256')
+        if (self.pretrain.sha256 is not None) != (self.pretrain.source == "npz"):
+            raise ValueError('pretrain.sha256: goes with pretrain.source "npz", which needs path and sha256')
+        if self.pretrain.path is not None and self.pretrain.source != "npz":
+            raise ValueError('pretrain.path: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.source == "phantoms" and not 16 <= side <= 128:
             raise ValueError(f"pretrain.source: phantoms are drawn at 16 to 128 px, not {side}")
         if len(set(self.data.classes)) != len(self.data.classes):
             raise ValueError("data.classes: names must differ")
-        if self.federation.min_sites > self.simulation.sites:
-            raise ValueError("federation.min_sites: larger than simulation.sites")
         return self
 
     def __hash__(self) -> int:
@@ -244,108 +259,11 @@ class Study(Settings):
         share = self.network.time_share or (1.0 if self.privacy.moments_share == 0 else 0.5)
         return max(1, round(share * self.diffusion.timesteps))
 
-    @property
+    def agreed(self) -> dict[str, Any]:
+        """What every party agrees on, as plain JSON values: all settings but those of `ENVIRONMENT`."""
+        return self.model_dump(mode="json", exclude=ENVIRONMENT)
+
+    @cached_property
     def sha256(self) -> str:
-        """The study's name at every party: SHA-256 of its settings in canonical JSON."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
-
-
-def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces: the same bytes for the same settings everywhere."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
-    """Read, override and check a study file.
-
-    Args:
-        path: the TOML file.
-        overrides: ``section.key=value`` each, the value in TOML syntax (a bare word is taken as a string).
-
-    Raises:
-        StudyError: the file is missing, not TOML, or a key or value cannot be used; one line, nearest key named.
-    """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(
-            f"cannot read the study file ({error.strerror})", where=str(path), remedy="Give the path of a study TOML."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"not valid TOML: {error}", where=str(path), remedy="Mend that line.") from error
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_study(raw, where=str(path))
-
-
-def parse_study(raw: dict[str, Any], *, where: str) -> Study:
-    """Check settings that are already read (from TOML or from a message)."""
-    try:
-        return Study.model_validate(raw)
-    except ValidationError as error:
-        raise _study_error(error, Study, where) from error
-
-
-def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple[str, str, str]:
-    """(field, what, remedy) of the first problem that pydantic found, with the nearest right key for a misspelt one."""
-    problems = error.errors()  # a misspelt key also shows as a missing one: name the key that is there
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        known = _keys_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return field, f"unknown key '{key}'", remedy
-    if first["type"] == "missing":
-        return field, "missing", "Add it."
-    what = first["msg"].removeprefix("Value error, ")
-    if not field:  # a rule over several fields names its own field first
-        field, _, what = what.partition(": ")
-        return field, what, "Change one of them."
-    return field, f"{what} (got {first['input']!r})", "Mend the value."
-
-
-def _study_error(error: ValidationError, model: type[BaseModel], where: str) -> StudyError:
-    field, what, remedy = settings_error_line(error, model)
-    return StudyError(what, where=f"{where}: {field}", remedy=remedy)
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    current: type[BaseModel] = model
-    for part in loc:
-        info = current.model_fields.get(str(part))
-        if info is None:
-            return []
-        options = [info.annotation, *get_args(info.annotation)]
-        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not nested:
-            return []
-        current = nested[0]
-    return list(current.model_fields)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise StudyError(
-            f"cannot read '{override}'", where="--set", remedy="Write section.key=value, as in training.rounds=2."
-        )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    section = raw.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise StudyError(f"'{parts[0]}' is not a section", where="--set", remedy="Write section.key=value.")
-    section[parts[1]] = value
-
-
-def study_toml(study: Study) -> str:
-    """The settings as TOML, every default written out; reads back as the same study."""
-    lines = [f"# Settings as run; SHA-256 {study.sha256}"]
-    for section, values in study.model_dump(mode="json", exclude_none=True).items():
-        lines.append(f"\n[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # JSON scalars and lists are TOML
-    return "\n".join(lines) + "\n"
+        """The study's name at every party: SHA-256 of what is agreed, in canonical JSON."""
+        return hashlib.sha256(canonical_json(self.agreed()).encode()).hexdigest()

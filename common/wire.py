@@ -8,7 +8,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import ReplyError
-from common.messages import MAX_MESSAGE_BYTES
+from common.protocol import MAX_MESSAGE_BYTES
 
 _RECORD, _KEY = "synthward", "message"
 

@@ -13,7 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.accounting import plan_study
 from common.errors import StudyError
-from common.study import load_study
+from common.preflight import try_study
+from common.study_file import load_study
 from server import pipeline
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
@@ -27,22 +28,29 @@ RUN_VARIABLE = "SYNTHWARD_RUN"
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     folder = run_folder(context)
-    study = folder.study()
-    pipeline.run(folder, SiteGroup(grid, timeout_seconds=study.federation.timeout_seconds), Progress(folder))
+    timeout = folder.study().federation.timeout_seconds
+    pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder))
 
 
 def run_folder(context: Context) -> RunFolder:
     """The run's folder: made beforehand by `synthward run`; in a deployment named, or made, by the run's config.
+
+    Everything that the study names is tried before, so that no site is asked for a study that cannot come to its end.
 
     Run config: `run-dir` = an existing run folder to go on with, or empty; `study` = the study file for a new one;
     `out` = where new run folders are made.
     """
     given = str(context.run_config.get("run-dir", "")) or os.environ.get(RUN_VARIABLE, "")
     if given:
-        return RunFolder.open(Path(given))
+        folder = RunFolder.open(Path(given))
+        try_study(folder.study())
+        if folder.last_checkpoint() is None:  # later on the public set is not read any more
+            check_public_set(folder.study())
+        return folder
     file = str(context.run_config.get("study", ""))
     if not file:
         raise StudyError("no study given", where="run-config: study", remedy="Pass --run-config 'study=\"PATH\"'.")
     study = load_study(Path(file))
-    check_public_set(study)  # before any site is asked
+    try_study(study)
+    check_public_set(study)
     return RunFolder.create(Path(str(context.run_config.get("out", "") or "runs")), study, plan_study(study))

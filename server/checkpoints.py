@@ -20,11 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from common.accounting import StudyPlan
 from common.errors import CheckpointError
 from common.files import append_line, atomic_write, pack_arrays, read_json, sha256_file, unpack_arrays, write_json
-from common.messages import Arrays
-from common.study import Study, load_study, study_toml
+from common.protocol import Arrays
+from common.study import Study
+from common.study_file import load_study, study_toml
 
 _KEEP = 3
 
@@ -64,8 +67,8 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, parent: Path, study: Study, plan: StudyPlan) -> RunFolder:
-        """Make a new folder; never one that exists.
+    def create(cls, parent: Path, study: Study, plan: StudyPlan | None = None) -> RunFolder:
+        """Make a new folder; never one that exists. It is a run's only when it has a plan (`keep_plan`).
 
         Raises:
             StorageError: it cannot be written.
@@ -75,8 +78,10 @@ class RunFolder:
         path = next(parent / name for name in names if not (parent / name).exists())
         atomic_write(path / "study.toml", study_toml(study).encode())
         atomic_write(path / "study.sha256", f"{study.sha256}\n".encode())
-        write_json(path / "plan.json", plan.to_json())
-        return cls(path)
+        folder = cls(path)
+        if plan is not None:
+            folder.keep_plan(plan)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -93,17 +98,21 @@ class RunFolder:
         return cls(path)
 
     def study(self) -> Study:
-        """The study as run; checked against its hash."""
+        """The study as run; what was agreed is checked against its hash, settings of the machine may have changed."""
         study = load_study(self.path / "study.toml")
         if (self.path / "study.sha256").read_text().strip() != study.sha256:
             raise CheckpointError("study.toml was changed after the run began", where=str(self.path),
                                   remedy="Put it back, or start a new run.")  # fmt: skip
         return study
 
+    def keep_plan(self, plan: StudyPlan) -> None:
+        """Keep the plan: from now on this is a run's folder."""
+        write_json(self.path / "plan.json", plan.model_dump(mode="json"))
+
     def plan(self) -> StudyPlan:
         try:
-            return StudyPlan.from_json(read_json(self.path / "plan.json"))
-        except (TypeError, KeyError) as error:
+            return StudyPlan.model_validate(read_json(self.path / "plan.json"))
+        except ValidationError as error:
             raise CheckpointError("not a plan", where=str(self.path / "plan.json"), remedy="Start anew.") from error
 
     def event(self, kind: str, **values: Any) -> None:

@@ -6,13 +6,19 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.commands import run as run_command
 from common.errors import StudyError
+
+if TYPE_CHECKING:  # the commands import late, so that --help is quick
+    from common.accounting import StudyPlan
+    from common.study import Study
+    from server.launch import SiteCheck
 
 app = typer.Typer(
     help="Train one private diffusion model over several hospitals and release a synthetic image set.",
@@ -35,6 +41,8 @@ def run(
     out: Annotated[Path, typer.Option(help="folder of the run folders")] = Path("runs"),
 ) -> None:
     """Run a study with simulated sites on this machine, from real images or phantoms to a release.
+
+    A study cannot change once its run has begun; everything that it names is tried before, as by --dry-run.
 
     Examples:
 
@@ -79,33 +87,78 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar=
 
 
 def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out: Path, *, dry_run: bool) -> None:
-    import tempfile
-
-    from common.accounting import plan_study
-    from common.files import atomic_write
-    from common.study import load_study, study_toml
-    from server.launch import approve, check_sites, write_site_files
+    from common.preflight import try_study
+    from common.study_file import load_study
     from server.synthesis.public_set import check_public_set
 
     study = load_study(study_path, overrides)
-    print(f"{study.study.name}: solving for the noise and checking the sites' data ...", file=sys.stderr, flush=True)
+    if study.federation.min_sites > study.simulation.sites:
+        raise StudyError(
+            f"{study.federation.min_sites} sites needed, {study.simulation.sites} simulated",
+            where="federation.min_sites", remedy="Raise simulation.sites, or lower federation.min_sites.",
+        )  # fmt: skip
+    print(f"{study.study.name}: trying what the study names, solving for the noise and checking the sites' data ...",
+          file=sys.stderr, flush=True)  # fmt: skip
+    try_study(study)
     check_public_set(study)
+    if dry_run:
+        _dry_run(study, data)
+    else:
+        _simulate(_approved(study, data, out))
+
+
+def _dry_run(study: Study, data: Path | None) -> None:
+    import tempfile
+
+    from common.files import atomic_write
+    from common.study_file import study_toml
+    from server.launch import check_sites, write_site_files
+    from server.planning import describe
+
     with tempfile.TemporaryDirectory(prefix="synthward-") as scratch:
         file = Path(scratch) / "study.toml"
         atomic_write(file, study_toml(study).encode())
-        facts = check_sites(file, write_site_files(Path(scratch), study, data))
-    plan = plan_study(study)
+        plan, checks = _while_solving(study, check_sites, file, write_site_files(Path(scratch), study, data))
+    print(describe(study, plan, checks), flush=True)
+
+
+def _approved(study: Study, data: Path | None, out: Path) -> Path:
+    """A new run folder whose simulated sites have approved the study; nothing is left where one of them does not."""
+    import shutil
+    from contextlib import suppress
+
+    from server.checkpoints import RunFolder
+    from server.launch import approve, write_site_files
     from server.planning import describe
 
-    print(describe(study, plan, facts), file=sys.stdout if dry_run else sys.stderr, flush=True)
-    if dry_run:
-        return
-    from server.checkpoints import RunFolder
+    new = not out.exists()
+    folder = RunFolder.create(out, study)
+    try:
+        sites = write_site_files(folder.path / "sites", study, data)
+        plan, checks = _while_solving(study, approve, folder.path / "study.toml", sites)
+        folder.keep_plan(plan)
+    except BaseException:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        if new:
+            with suppress(OSError):
+                out.rmdir()
+        raise
+    print(describe(study, plan, checks), file=sys.stderr, flush=True)
+    return folder.path
 
-    folder = RunFolder.create(out, study, plan)
-    write_site_files(folder.path / "sites", study, data)
-    approve(folder)
-    _simulate(folder.path)
+
+def _while_solving(
+    study: Study, ask: Callable[[Path, list[Path]], list[SiteCheck]], file: Path, sites: list[Path]
+) -> tuple[StudyPlan, list[SiteCheck]]:
+    """(plan, what the sites say): the sites solve the same plan for themselves, at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from common.accounting import plan_study
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        asked = pool.submit(ask, file, sites)
+        plan = plan_study(study)
+        return plan, asked.result()
 
 
 def _go_on(path: Path) -> None:

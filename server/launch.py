@@ -16,9 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict
 
 from common.errors import DataError, FederationError, SynthwardError
 from common.files import atomic_write
@@ -33,14 +35,15 @@ _QUIET = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SiteFacts:
-    """What a simulated site's own check says; shown to its owner, who runs the simulation.
+class SiteCheck(BaseModel):
+    """What a simulated site's own command says of its data; shown to its owner, who runs the simulation.
 
     Attributes:
         units: privacy units (images or patients) in the train partition.
         train, holdout: images by class.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     name: str
     units: int
@@ -50,9 +53,11 @@ class SiteFacts:
 
 
 def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path]:
-    """Write one site file for each simulated site: shards of `data`, or phantoms when there is none."""
-    simulation, files = study.simulation, []
-    own = data is not None and simulation.own_reference
+    """Write one site file for each simulated site: shards of `data`, or phantoms when there is none.
+
+    As far as its ledger knows each has a machine of its own, so an image that two hospitals have is counted at both.
+    """
+    simulation, privacy, files = study.simulation, study.privacy, []
     for index in range(simulation.sites):
         shard = {"shard_index": index, "shard_count": simulation.sites, "label_skew": simulation.label_skew,
                  "seed": study.study.seed}  # fmt: skip
@@ -61,35 +66,43 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
             else {"source": "phantoms", "modality": study.study.modality, "records": simulation.phantoms_per_site}
         )  # fmt: skip
         name = f"site-{index + 1}"
-        lines = [
-            "# A simulated site, written by `synthward run`",
-            f'name = "{name}"', f'state = "{name}"', f"own_reference = {str(own).lower()}",
-            "[data]", *(f"{key} = {json.dumps(value)}" for key, value in {**source, **shard}.items()),
-            "[policy]", *(f"{key} = {study.privacy.epsilon}" for key in ("max_epsilon", "max_study_epsilon")),
-            *(f"{key} = {study.privacy.delta}" for key in ("max_delta", "max_study_delta")),
-            f'accountant = "{study.privacy.accountant}"', "min_units = 2",
-            "[performance]", f"threads = {os.cpu_count() or 1}",
-        ]  # fmt: skip
+        site = {
+            "name": name, "state": name, "registry": f"{name}.registry.json",
+            "own_reference": data is not None and simulation.own_reference,
+            "data": source | shard,
+            "policy": {
+                "max_epsilon": privacy.epsilon, "max_study_epsilon": privacy.epsilon, "max_delta": privacy.delta,
+                "max_study_delta": privacy.delta, "accountant": privacy.accountant, "min_units": 2,
+                "unit": "image" if privacy.unit == "image" else "patient where known",
+            },
+            "performance": {"threads": os.cpu_count() or 1},
+        }  # fmt: skip
         path = folder / f"{name}.toml"
-        atomic_write(path, ("\n".join(lines) + "\n").encode())
+        atomic_write(path, f"# A simulated site, written by `synthward run`\n{tomli_w.dumps(site)}".encode())
         files.append(path)
     return files
 
 
-def check_sites(study_file: Path, sites: list[Path]) -> list[SiteFacts]:
-    """Have every simulated site check its own data, in the sites' own command, before anything is spent.
+def check_sites(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
+    """Have every simulated site begin its ledger and check its own data, in the sites' own commands.
 
     Raises:
         DataError: the first site that cannot take part, with its own one-line reason.
     """
+    _site_command("init", *map(str, sites))
     output = _site_command("check", "--json", "--study", str(study_file), *map(str, sites))
-    return [SiteFacts(**row) for row in json.loads(output)]
+    return [SiteCheck.model_validate(row) for row in json.loads(output)]
 
 
-def approve(folder: RunFolder) -> None:
-    """Have the simulated sites approve the study of a new run folder, in the sites' own command."""
-    by = "synthward run (simulated site)"
-    _site_command("approve", "--by", by, "--study", str(folder.path / "study.toml"), *map(str, _sites(folder)))
+def approve(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
+    """The same, and have them approve the study.
+
+    Raises:
+        DataError: as `check_sites` does.
+    """
+    checks, by = check_sites(study_file, sites), "synthward run (simulated site)"
+    _site_command("approve", "--by", by, "--study", str(study_file), *map(str, sites))
+    return checks
 
 
 def simulate(folder: RunFolder) -> None:
@@ -132,16 +145,8 @@ def _simulate(folder: RunFolder) -> None:
 @contextmanager
 def _site_process(sites: list[Path], sockets: Path) -> Iterator[None]:
     """`synthward-site serve` for all simulated sites; it ends with this process, however this one ends."""
-    command = [
-        sys.executable,
-        "-m",
-        "client.cli",
-        "serve",
-        "--while-stdin",
-        "--sockets",
-        str(sockets),
-        *map(str, sites),
-    ]
+    command = [sys.executable, "-m", "client.cli", "serve", "--while-stdin", "--sockets", str(sockets)]
+    command += map(str, sites)
     with (sockets / "log").open("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

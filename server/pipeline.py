@@ -8,14 +8,18 @@ a batch of images, an answer that a site has stored, is never made or paid for t
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from common.messages import Agreement
+import psutil
+
+from common.protocol import Agreement
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
-from server.memory import MemoryWatch
 from server.progress import Progress
 from server.session import Session
 from server.stages.enrol import enrol
@@ -39,11 +43,11 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
     Raises:
         SynthwardError: with everything saved that was finished; the run can be resumed.
     """
-    session = Session(Agreement(folder.study(), folder.plan()), folder, group, progress)
+    session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress)
     folder.event("begin", study=session.agreement.study.sha256)
     began = time.monotonic()
     try:
-        with MemoryWatch() as memory:
+        with _peak_memory() as largest:
             enrol(session)
             moments(session)
             state = train(session)
@@ -57,11 +61,35 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
             validation.by_site,
             validation.prevalence,
             seconds=_seconds_before(folder, began),
-            peak_memory_mb=memory.peak_mb,
+            peak_memory_mb=largest[0] / 1e6,
         )
     finally:
+        progress.close()
         folder.event("end", seconds=round(time.monotonic() - began, 2))
     return report
+
+
+@contextmanager
+def _peak_memory(*, every_seconds: float = 2.0) -> Iterator[list[int]]:
+    """The largest resident size, bytes, of this process and all under it so far, as the one entry of a list."""
+    stop, largest, own = threading.Event(), [0], psutil.Process()
+
+    def watch() -> None:
+        while not stop.is_set():
+            total = 0
+            for process in (own, *own.children(recursive=True)):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    total += process.memory_info().rss
+            largest[0] = max(largest[0], total)
+            stop.wait(every_seconds)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _seconds_before(folder: RunFolder, began: float) -> float:

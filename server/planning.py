@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.accounting import PARTITIONS, MechanismPlan, StudyPlan, epsilon_of
+from common.accounting import MechanismPlan, StudyPlan, epsilon_of
 from common.files import read_json
-from common.study import Study
+from common.mechanisms import PARTITIONS
+from common.study import ENVIRONMENT, Study
 from server.checkpoints import RunFolder
-from server.launch import SiteFacts
+from server.launch import SiteCheck
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Estimate:
     megabytes: float
 
 
-def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
+def estimate(study: Study, facts: Sequence[SiteCheck]) -> Estimate:
     """Measure one small training step and one small sampling step, and scale them up."""
     import torch
 
@@ -44,7 +45,7 @@ def estimate(study: Study, facts: Sequence[SiteFacts]) -> Estimate:
     from common.model.diffusion_model import DiffusionModel
 
     net = DiffusionModel(study)
-    trained = net.train_only(study.training.parameters)
+    trained = net.set_trainable(study.training.parameters)
     side, channels, records = study.data.image_size, study.data.channels, 16
     draws = study.diffusion.noise_multiplicity
     loss = DiffusionLoss(NoiseSchedule(study.diffusion.timesteps), draws, 0.0, len(study.data.classes))
@@ -88,7 +89,7 @@ def _seconds(step: Any) -> float:
     return (time.monotonic() - began) / 3
 
 
-def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
+def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteCheck]) -> str:
     """The plan as text: units and images per site, noise and epsilon by stage, size, time and traffic."""
     privacy, needs = study.privacy, estimate(study, facts)
     lines = [f"study {study.study.name}  sha256 {study.sha256}", ""]
@@ -113,7 +114,7 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
     for mechanism in plan.mechanisms:
         lines.append(
             f"{mechanism.name:<12}{mechanism.partition:<10}{mechanism.noise_multiplier:>17.4f}"
-            f"{mechanism.sample_rate:>13g}{mechanism.steps * mechanism.releases:>8}{_alone(study, mechanism):>15.3f}"
+            f"{mechanism.sample_rate:>13g}{mechanism.whole_loss.steps:>8}{_alone(study, mechanism):>15.3f}"
         )
     for partition in PARTITIONS:
         total = epsilon_of(plan.losses(partition), delta=privacy.delta, accountant=privacy.accountant)
@@ -126,9 +127,19 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteFacts]) -> str:
         f"time        about {minutes:.0f} min on this machine ({needs.pretrain_seconds / 60:.1f} pretraining, "
         f"{needs.train_seconds / 60:.1f} training, {needs.generate_seconds / 60:.1f} generating), and a few for start "
         "and validation",
-        f"traffic     about {needs.megabytes:.0f} MB a site",
+        f"traffic     about {needs.megabytes:.0f} MB per site",
+        "",
+        "Everything that the study names has been tried. Once a run has begun its study cannot change: sites approve",
+        f"its hash, and another study is paid for anew. Settings of this machine ({_of_the_machine()})",
+        "may be edited in RUN/study.toml before `synthward run --resume RUN`.",
     ]
     return "\n".join(lines)
+
+
+def _of_the_machine() -> str:
+    """The settings that are not agreed, as a run can still change them."""
+    sections = {section: names for section, names in ENVIRONMENT.items() if names is not True}
+    return ", ".join(f"{section}.{name}" for section, names in sections.items() for name in sorted(names))
 
 
 def units_needed(plan: StudyPlan, parameters: int) -> int:
@@ -137,10 +148,10 @@ def units_needed(plan: StudyPlan, parameters: int) -> int:
     Over T steps at sample rate q, n units add at most T·q·n·C to the gradients' sum if all of them agree; the noise has
     norm sigma·C·sqrt(T·d) over d parameters. sigma does not depend on n, so the n at which the two are equal does.
     """
-    train = plan.train
+    train = plan.get("train")
     if train is None:
         return 0
-    steps = train.steps * train.releases
+    steps = train.whole_loss.steps
     return math.ceil(train.noise_multiplier * math.sqrt(parameters / steps) / train.sample_rate)
 
 

@@ -1,6 +1,8 @@
-"""What the coordinator sees while a run goes on: one line a step, and the same in events.jsonl.
+"""What the coordinator sees while a run goes on, and the same in events.jsonl.
 
 SPDX-License-Identifier: Apache-2.0
+
+Lines, one per step; on a terminal also a bar at its foot for the stage that is under way.
 """
 
 from __future__ import annotations
@@ -9,11 +11,16 @@ import sys
 import time
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
 from server.checkpoints import RunFolder
 
 
 class Progress:
-    """Prints to a terminal and writes the run's events.
+    """Shows steps and writes the run's events.
 
     Args:
         folder: where the events go.
@@ -25,6 +32,8 @@ class Progress:
         self._out = out or sys.stderr
         self._began: dict[str, float] = {}
         self._before: dict[str, int] = {}
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+        self._bars = Bars(*columns, console=Console(file=self._out), transient=True) if self._out.isatty() else None
 
     def stage(self, name: str, text: str, *, done: int = 0) -> None:
         """A stage begins, or goes on after `done` of its steps."""
@@ -39,6 +48,7 @@ class Progress:
         pace = elapsed / max(1, done - self._before.get(stage, 0))
         left = pace * (total - done)
         self._line(stage, f"{done}/{total}  {text}  {_clock(left)} left")
+        self._bar(stage, done, total, f"{_clock(left)} left")
         self._folder.event("step", stage=stage, done=done, total=total, seconds_left=round(left, 1), **values)
 
     def warn(self, text: str, **values: Any) -> None:
@@ -46,8 +56,28 @@ class Progress:
         self._line("warning", text)
         self._folder.event("warning", text=text, **values)
 
+    def close(self) -> None:
+        """Give the terminal back; the next step takes it again."""
+        if self._bars is not None:
+            self._bars.stop()
+
     def _line(self, stage: str, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')}  {stage:<9} {text}", file=self._out, flush=True)
+        line = f"{time.strftime('%H:%M:%S')}  {stage:<9} {text}"
+        if self._bars is None:
+            print(line, file=self._out, flush=True)
+        else:
+            self._bars.console.print(Text(line))
+
+    def _bar(self, stage: str, done: int, total: int, left: str) -> None:
+        if self._bars is None:
+            return
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
+        if done < total:
+            self._bars.add_task(stage, completed=done, total=total, left=left)
+            self._bars.start()
+        else:
+            self._bars.stop()
 
 
 def _clock(seconds: float) -> str:

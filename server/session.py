@@ -8,43 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from common.errors import FederationError
-from common.messages import Agreement, Refusal, Spent
+from common.protocol import Agreement
 from server.checkpoints import RunFolder
-from server.federation.sites import Answers, SiteGroup
+from server.federation.collect import B, Collected, Screen, collect
+from server.federation.members import Member
+from server.federation.sites import Requests, SiteGroup
 from server.progress import Progress
-
-
-@dataclass
-class Member:
-    """One enrolled site.
-
-    Attributes:
-        node: Flower's node id in this process; another one after a resume.
-        counts: noisy class counts of its train partition.
-        spent: the most that its ledger has reported for this study.
-        open_question: it was asked something and has not answered since: its ledger may hold more than `spent`.
-    """
-
-    node: int
-    site: str
-    counts: list[float]
-    phantoms: bool
-    random_source: str
-    spent: Spent
-    open_question: bool = False
-
-    @property
-    def weight(self) -> float:
-        """Noisy number of train records, at least 1."""
-        return max(1.0, sum(max(0.0, count) for count in self.counts))
-
-    def note(self, spent: Spent) -> None:
-        """Take the larger of what was and is reported: a ledger never shrinks."""
-        self.open_question = False
-        self.spent = Spent(
-            max(self.spent.train, spent.train), max(self.spent.holdout, spent.holdout),
-            max(self.spent.reserved, spent.reserved), max(self.spent.confirmed, spent.confirmed),
-        )  # fmt: skip
 
 
 @dataclass
@@ -57,36 +26,28 @@ class Session:
     progress: Progress
     members: dict[int, Member] = field(default_factory=dict)
 
-    def name(self, node: int) -> str:
-        return self.members[node].site if node in self.members else f"node {node}"
+    def ask(
+        self, step: str, requests: Requests, body: type[B], screen: Screen[B], *, may_run_out: bool = False
+    ) -> Collected:
+        """Ask the sites, tell the coordinator who is left out and why, and stop cleanly where too few are left.
 
-    def excuses(self, answers: Answers) -> dict[str, str]:
-        """By site, why it is not among the replies."""
-        reasons = {self.name(node): _refused(refusal) for node, refusal in answers.refusals.items()}
-        reasons |= {self.name(node): why for node, why in answers.broken.items()}
-        reasons |= {self.name(node): "no answer before the deadline" for node in answers.silent}
-        for node, member in self.members.items():
-            refusal = answers.refusals.get(node)
-            if refusal is not None and refusal.spent is not None:
-                member.note(refusal.spent)  # a site that fails half-way has spent, and says so
-            elif refusal is not None or node in answers.broken or node in answers.silent:
-                member.open_question = True
-        return reasons
-
-    def require(self, present: int, reasons: dict[str, str], stage: str) -> None:
-        """Stop cleanly when fewer sites than the study asks for have given a usable answer.
+        Args:
+            step: how the question is called in messages.
+            requests, body, screen: as in `collect`.
+            may_run_out: too few answers are no error where a site says that its budget is used up.
 
         Raises:
-            FederationError: names every missing site and why.
+            FederationError: fewer usable answers than federation.min_sites; names every missing site and why.
         """
-        least = self.agreement.study.federation.min_sites
-        if present < least:
-            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(reasons.items())) or "no site answered"
+        collected = collect(self.group, self.members, requests, body, screen)
+        for site, reason in collected.reasons.items():
+            self.progress.warn(f"{step}: {site} left out: {reason}", site=site)
+        least, present = self.agreement.study.federation.min_sites, len(collected.accepted)
+        if present < least and not (may_run_out and collected.exhausted):
+            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(collected.reasons.items()))
             raise FederationError(
-                f"{present} usable answers in '{stage}', {least} needed ({why})", where="federation.min_sites",
-                remedy="Mend the sites, then `synthward run --resume RUN`; nothing that was saved is lost.",
+                f"{present} usable answers in '{step}', {least} needed ({why or 'no site answered'})",
+                where="federation.min_sites",
+                remedy="Put the sites right, then `synthward run --resume RUN`; nothing that was saved is lost.",
             )  # fmt: skip
-
-
-def _refused(refusal: Refusal) -> str:
-    return f"refused ({refusal.kind}) {refusal.what}. {refusal.remedy}".strip()
+        return collected

@@ -19,6 +19,7 @@ _FLOWER_HOME = tempfile.mkdtemp(prefix="synthward-flower-")
 atexit.register(shutil.rmtree, _FLOWER_HOME, ignore_errors=True)
 os.environ |= {
     "FLWR_HOME": _FLOWER_HOME,
+    "XDG_STATE_HOME": _FLOWER_HOME,  # the list of this machine's ledgers (`client/registry.py`)
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -30,6 +31,12 @@ settings.register_profile("synthward", deadline=None, derandomize=True, database
 settings.load_profile("synthward")
 
 _SUITES = ("integration", "statistical", "e2e")
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is a machine of its own, on which there is no ledger yet."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "machine"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,26 +1,55 @@
-"""Take out one guard at a time and see its tests fail: python tests/mutations.py [name ...]
+"""Take out one guard at a time and see the fast tests fail: make mutations, or python tests/mutations.py [name ...]
 
 SPDX-License-Identifier: Apache-2.0
 
-Each mutation changes one line in a copy of the repository and runs the tests that should notice. A mutation that no
-test notices is printed as SURVIVED and the exit code is 1.
+Each mutation changes one place in a copy of the repository and runs the tests that should notice, which are all part of
+`make test`. One that no test notices is printed as SURVIVED, one whose place is no longer there as STALE, and the exit
+code is 1. `--table` prints the table of docs/privacy.md.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-GATE, GRADIENTS = "tests/unit/client/test_gate_and_stages.py", "tests/unit/client/test_grad_sample.py"
+WORKERS = max(1, (os.cpu_count() or 2) // 2)  # each runs torch
+GATE = "tests/unit/client/test_gate_and_stages.py"
+BOUNDED = "tests/unit/common/test_bounded.py"
+MECHANISM = "tests/statistical/test_mechanism.py"
+LEDGER = "tests/unit/client/test_ledger.py"
+GRADIENTS = "tests/unit/client/test_gradients.py"
+ENEMY = "tests/adversary/test_hostile_coordinator.py"
+FUZZ = "tests/adversary/test_fuzzed_requests.py"
+ACCOUNTING = "tests/unit/common/test_accounting.py"
+MOMENTS = "tests/unit/common/test_moments.py"
+SENSITIVITY = "tests/statistical/test_sensitivity.py"
+UNITS = "tests/unit/common/test_units.py"
+APPROVAL = "tests/unit/client/test_approval.py"
+FINGERPRINTS = "tests/unit/client/test_fingerprints.py"
+PROTOCOL = "tests/unit/common/test_protocol.py"
+COLLECT = "tests/unit/server/test_collect.py"
+CLAIMS = "tests/unit/common/test_claims.py"
+REFERENCE = "tests/unit/client/test_reference.py"
 
 
 @dataclass(frozen=True)
 class Mutation:
+    """One change.
+
+    Attributes:
+        name: what is broken, as docs/privacy.md says it.
+        tests: what has to fail; the first is the one that the table names.
+    """
+
     name: str
     file: str
     old: str
@@ -28,81 +57,197 @@ class Mutation:
     tests: str
 
 
+def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(name, file, old, new, " ".join(tests))
+
+
+BOUND = "common/bounded.py"
+NOISE, GATE_PY, STEPS = "client/privacy/mechanism.py", "client/privacy/gate.py", "client/privacy/local_steps.py"
 MUTATIONS = (
-    Mutation("no clipping", "client/privacy/grad_sample.py", "(max_grad_norm / norm).clamp(max=1.0)",
-             "torch.ones_like(norm)", f"{GRADIENTS} {GATE}"),
-    Mutation("windows share a norm", "client/privacy/grad_sample.py", "g.sum(dim=1).flatten(2)",
-             "g[:, 0].flatten(2)", GRADIENTS),
-    Mutation("no noise", "client/privacy/mechanism.py", "std * source.normal_like(part)",
-             "0.0 * source.normal_like(part)", f"tests/statistical/test_mechanism.py {GATE}"),
-    Mutation("two thirds of the noise", "client/privacy/mechanism.py",
-             "std = noise_multiplier * sensitivity", "std = noise_multiplier * sensitivity * 2 / 3",
-             f"tests/statistical/test_mechanism.py {GATE}"),
-    Mutation("no accounting", "client/privacy/gate.py", "            *plans, study=study.sha256",
-             "            study=study.sha256", GATE),
-    Mutation("no ceiling", "client/privacy/ledger.py", "if cost > bound.epsilon:", "if False:",
-             "tests/unit/client/test_ledger.py"),
-    Mutation("losses of unfinished requests forgotten", "client/privacy/ledger.py",
-             "WHERE kind = 'reserved' AND (?",
-             "WHERE number IN (SELECT number - 1 FROM entries WHERE kind = 'confirmed') AND (?",
-             f"tests/unit/client/test_ledger.py {GATE}"),
-    Mutation("no limit of releases", "client/privacy/ledger.py",
-             "fetchone()[0] >= plan.releases:", "fetchone()[0] < 0:",
-             f"tests/unit/client/test_ledger.py {GATE}"),
-    Mutation("an edited entry accepted", "client/privacy/ledger.py", "and entry.hash == entry.hash_after(previous)",
-             "", "tests/unit/client/test_ledger.py"),
-    Mutation("no approval asked for", "client/privacy/policy.py", "if self.require_approval and not approved:",
-             "if False:", GATE),
-    Mutation("a fixed batch", "client/privacy/randomness.py", "return self.uniform(records) < sample_rate",
-             "return np.arange(records) < records * sample_rate", "tests/statistical/test_mechanism.py"),
-    Mutation("the loss not clipped", "client/stages/train.py", ".clamp(0.0, LARGEST_LOSS)", "* 100.0", GATE),
-    Mutation("moments not clipped", "common/moments.py",
-             "np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)", "1.0",
-             "tests/unit/common/test_moments.py tests/statistical/test_sensitivity.py"),
-    Mutation("squares and energies not within one norm", "common/moments.py", "0.40, 0.84, 0.35, 0.10",
-             "0.40, 0.84, 0.9, 0.10",
-             "tests/unit/common/test_moments.py tests/statistical/test_sensitivity.py"),
-    Mutation("parts of a release are free", "client/privacy/gate.py", "self._left[name] -= part**2",
-             "self._left[name] -= part == 1", GATE),
-    Mutation("a part of a release taken for a smaller one", "client/stages/moments.py", "part=SPREAD_PART", "part=0.5",
-             "tests/statistical/test_sensitivity.py"),
-    Mutation("the norm not clipped", "common/moments.py", "np.square(whole).sum(axis=1) / NORM_REACH**2, 1.0)",
-             "np.square(whole).sum(axis=1) / NORM_REACH**2, 100.0)",
-             "tests/unit/common/test_moments.py tests/statistical/test_sensitivity.py"),
-    Mutation("squares about the exact means", "client/stages/moments.py", 'class_means(sums["means"].numpy(),',
-             "class_means(class_sums(site.train, classes, space),", "tests/statistical/test_sensitivity.py"),
-    Mutation("what is frozen has a gradient", "client/privacy/grad_sample.py",
-             "if p.requires_grad)\n            if trained", ")\n            if trained", GRADIENTS),
-    Mutation("any plan is taken", "client/privacy/gate.py", "        check_plan(study, plan)\n", "\n", GATE),
-    Mutation("bad updates let in", "server/federation/screening.py", "if not finite(arrays):", "if False:",
-             "tests/integration/test_study_in_process.py"),
+    # what one record can do to a sum
+    _m("rows are not clipped", BOUND, ".clamp(max=1.0)", ".clamp(min=1.0, max=1.0)", BOUNDED),
+    _m("each part of a row is clipped apart", BOUND, "norm = torch.linalg.vector_norm(norms, dim=0)",
+       "norm = norms.amax(dim=0)", BOUNDED),
+    _m("norms in float32", BOUND, "dim=1, dtype=torch.float64)", "dim=1, dtype=torch.float32)", BOUNDED),
+    _m("sums in float32", BOUND, "torch.zeros(shape, dtype=torch.float64)", "torch.zeros(shape)",
+       BOUNDED, GATE),
+    _m("a row that is not finite enters", BOUND, "finite = torch.isfinite(norm)",
+       "finite = torch.ones_like(norm, dtype=torch.bool)", BOUNDED),
+    _m("bounds of parts join to the larger", BOUND, "math.hypot(*(each.bound for each in sums))",
+       "max(each.bound for each in sums)", BOUNDED),
+    _m("a patient's images count as one each", BOUND, "factors = factors * shares[finite]", "factors = factors * 1.0",
+       BOUNDED),
+    _m("a unit's shares add up to the number of its images", "common/images.py", "out[member] = 1.0 / len(member)",
+       "out[member] = 1.0", UNITS, BOUNDED),
+    _m("anybody states a bound", BOUND, "if key is not _KEY:", "if False:", BOUNDED),
+    # noise
+    _m("no noise at all", NOISE, "std * source.normal_like(part)", "0.0 * source.normal_like(part)", MECHANISM),
+    _m("half the noise", NOISE, "part + std * source", "part + 0.5 * std * source", MECHANISM),
+    _m("noise that forgets the sensitivity", NOISE, "std = noise_multiplier * sensitivity", "std = noise_multiplier",
+       MECHANISM),
+    _m("a part of a release has the noise of a part", NOISE, "std = noise_multiplier * sensitivity",
+       "std = noise_multiplier * min(sensitivity, total.bound)", MECHANISM),
+    _m("class counts leave exact", NOISE, "part + std * source",
+       'part + (0.0 if name == "counts" else std) * source', GATE),
+    _m("moments leave exact", NOISE, "part + std * source",
+       'part + (0.0 if name in ("means", "second_moments", "band_power") else std) * source',
+       "tests/unit/client/test_stages.py"),
+    _m("score histograms leave exact", NOISE, "part + std * source",
+       'part + (0.0 if name in ("synthetic", "reference") else std) * source', "tests/unit/client/test_stages.py"),
+    _m("gradients leave exact", NOISE, "part + std * source",
+       'part + (0.0 if "." in name else std) * source', GATE),
+    _m("the reference is trained without noise", "client/reference.py",
+       'permit.noisy("reference", total).tensors.items()', "total.parts.items()", REFERENCE),
+    _m("a bound over the sensitivity is taken", NOISE, "if not total.bound <= sensitivity * (1 + _TOLERANCE):",
+       "if False:", MECHANISM),
+    _m("the lowest bits are released", NOISE, "torch.round(part / grid) * grid + 0.0", "part + 0.0", MECHANISM),
+    _m("four draws are not averaged", "client/privacy/randomness.py", "out /= math.sqrt(DRAWS)", "out /= 1.0",
+       MECHANISM),
+    _m("a batch of fixed size", "client/privacy/randomness.py", "return self.uniform(records) < sample_rate",
+       "return np.arange(records) < records * sample_rate", MECHANISM),
+    _m("batches sampled at 1.5 q while q is accounted", GATE_PY, "self._plans[name].sample_rate)",
+       "min(1.0, 1.5 * self._plans[name].sample_rate))", GATE),
+    _m("batches sampled at 2 q in the source", "client/privacy/randomness.py",
+       "return self.uniform(records) < sample_rate", "return self.uniform(records) < 2 * sample_rate", MECHANISM, GATE),
+    # gate
+    _m("the loss is reserved after the records were touched", GATE_PY, "        numbers = self.ledger.reserve(\n",
+       "        yield Permit(self, plans, ())\n        ceilings = [Ceiling(1e9, 1e-5, 'rdp')] * 2\n"
+       "        self.ledger.reserve(*plans, study=study.sha256, request=self.request, study_ceiling=ceilings[0],\n"
+       "                            ceiling=ceilings[1])\n        return\n        numbers = self.ledger.reserve(\n",
+       GATE),
+    _m("the loss is never reserved", GATE_PY, "            *plans, study=study.sha256,",
+       "            study=study.sha256,", GATE),
+    _m("any number can be sealed", GATE_PY, "if type(noisy) is not Noisy:", "if False:", GATE),
+    _m("anybody makes noisy numbers", NOISE, "if key is not _KEY:", "if False:", GATE),
+    _m("noisy numbers can be written over", NOISE,
+       "return {name: tensor.clone() for name, tensor in self._tensors.items()}", "return self._tensors", GATE),
+    _m("a plan with other noise is taken", GATE_PY, "if approval.plan != self.agreement.plan:", "if False:",
+       GATE, ENEMY),
+    _m("parts of a release are free", GATE_PY, "self._left[name] -= part**2", "self._left[name] -= 0.0", GATE),
+    _m("a sampled sum has parts", GATE_PY, "or (part < 1 - _WHOLE and plan.sample_rate != 1)", "", GATE),
+    _m("the same request is answered anew", GATE_PY, "if path.exists() else None", "if False else None", GATE),
+    _m("an answer is confirmed before it is stored", GATE_PY, "        self._gate.store(data)\n        self.done()\n",
+       "        self.done()\n        self._gate.store(data)\n", GATE),
+    _m("the policy is not asked again", GATE_PY, "        self.policy.permit(study, approval.plan)\n", "\n",
+       "tests/unit/client/test_service.py"),
+    # ledger
+    _m("no ceiling", "client/privacy/ledger.py", "if cost > bound.epsilon:", "if False:", LEDGER),
+    _m("no limit of releases", "client/privacy/ledger.py", "if made >= plan.releases:", "if False:", LEDGER, GATE),
+    _m("what was revoked is still approved", "client/privacy/ledger.py",
+       'if entries and entries[-1].kind == "approved" else None', "if entries else None", GATE, ENEMY, LEDGER),
+    _m("records may change sides", "client/privacy/fingerprints.py",
+       "return (self.train & other.holdout) | (self.holdout & other.train)", "return frozenset()", FINGERPRINTS, ENEMY),
+    _m("records may be counted in two ledgers", "client/approval.py", "        if shared:\n", "        if False:\n",
+       APPROVAL, ENEMY),
+    _m("a record may be in both partitions", "client/privacy/fingerprints.py", "return self.train & self.holdout",
+       "return frozenset()", FINGERPRINTS, APPROVAL),
+    # service: what is said, and when
+    _m("a revoked study gets its stored answer", "client/service.py",
+       "            approval = gate.admit()\n            stored = gate.stored()\n            if stored is not None:\n"
+       "                return stored\n",
+       "            stored = gate.stored()\n            if stored is not None:\n                return stored\n"
+       "            approval = gate.admit()\n", ENEMY),
+    _m("images are opened before approval is asked for", "client/service.py", "            approval = gate.admit()\n",
+       "            Site.open(self.path, study)\n            approval = gate.admit()\n", ENEMY),
+    _m("other images than were approved are used", "client/service.py",
+       "if site.fingerprints(ledger.key).digest != approval.data:", "if False:", ENEMY),
+    _m("refusals of studies nobody approved are entered", "client/privacy/ledger.py",
+       'if self._count("approved", study.sha256) and ', "if ", LEDGER),
+    _m("the text of any exception leaves", "client/service.py", '"Unavailable", "the site cannot answer now"',
+       '"Unavailable", str(error)', FUZZ),
+    # the divisor, the rest of the steps
+    _m("the divisor is the true number of records", "client/stages/train.py", "expected_batch=step.expected_batch)",
+       "expected_batch=0.2 * len(site.train))", GATE),
+    _m("squares about the exact means", "client/stages/moments.py", 'sums.tensors["means"].numpy()',
+       'class_sums(site.train, classes, space).parts["means"].numpy()', "tests/unit/client/test_stages.py"),
+    # plan
+    _m("a mechanism is accounted at half its rate", "common/accounting.py",
+       "sample_rate=mechanism.sample_rate(study)", "sample_rate=mechanism.sample_rate(study) / 2", ACCOUNTING),
+    _m("releases are not accounted", "common/accounting.py", "self.steps * self.releases)", "self.steps)", ACCOUNTING),
+    _m("histograms of two classifiers planned as one", "common/mechanisms.py",
+       "return 2 if study.privacy.reference_share > 0 else 1", "return 1", "tests/unit/client/test_stages.py"),
+    _m("shares are not looked at together", "common/accounting.py", "        if cost > epsilon:\n",
+       "        if False:\n", ACCOUNTING),
+    # the coordinator's door
+    _m("values of any type are taken", "common/protocol.py", 'extra="forbid", strict=True',
+       'extra="ignore", strict=False', PROTOCOL),
+    _m("values that are not finite are taken", "server/federation/screening.py",
+       "if not bool(np.isfinite(array).all()):", "if False:", COLLECT),
+    _m("an update of any length is taken", "server/federation/screening.py", "if not norm <= largest:", "if False:",
+       COLLECT, "tests/unit/server/test_stages.py"),
+    _m("the claim forgets that a person may be at every site", "common/claims.py",
+       "return sum(site.epsilon for site in self.sites)", "return self.epsilon_max", CLAIMS),
+    # the gradient
+    _m("rows that fill a batch enter", "client/privacy/gradients.py", "rows[:real]", "rows[:]", GRADIENTS),
+    _m("the last batch is not filled", "client/privacy/gradients.py", "missing = self._physical - len(labels)",
+       "missing = 0", GRADIENTS),
+    _m("windows stand for the record", "common/model/record_rule.py", "backprops.sum(dim=1)", "backprops[:, 0]",
+       GRADIENTS, "tests/unit/common/test_record_rule.py"),
+    _m("the loss is not clipped", "client/privacy/gradients.py", ".clamp(0.0, loss_curve.LARGEST_LOSS)", "",
+       GRADIENTS, GATE),
+    _m("gradient and loss each have the whole norm", "client/privacy/gradients.py",
+       "loss_curve.gradient_norm(self._norm) if self._loss_part else self._norm", "self._norm", GRADIENTS, GATE),
+    _m("a network whose rounding depends on the place is taken", "client/privacy/gradients.py",
+       "return size if _alike[key] else 1", "return size", GRADIENTS),
+    _m("a network that breaks the record rule is taken", "common/model/record_rule.py", "    if reason:\n",
+       "    if False:\n", "tests/unit/common/test_record_rule.py"),
+    _m("weights of any size are taken", "common/model/weights.py",
+       "if not bounded_arrays({name: array}, LARGEST_WEIGHT):", "if False:", GATE),
+    _m("weights of any type are taken", "common/model/weights.py", 'if array.dtype != "float32" or ', "if ",
+       GATE, ENEMY),
 )  # fmt: skip
 
 
 def main() -> int:
-    wanted = set(sys.argv[1:])
-    survived = 0
+    """Run the mutations that are named, or all; the exit code says whether one survived."""
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    if "--table" in sys.argv:
+        print("| what is broken | file | noticed by |\n|---|---|---|")
+        for mutation in chosen:
+            print(f"| {mutation.name} | `{mutation.file}` | `{mutation.tests.split()[0].removeprefix('tests/')}` |")
+        return 0
+    began, missed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "copy"
-        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
-        for mutation in MUTATIONS:
-            if wanted and mutation.name not in wanted:
-                continue
-            path = copy / mutation.file
-            text = path.read_text()
-            if mutation.old not in text:
-                print(f"STALE     {mutation.name}: the line is no longer there")
-                survived += 1
-                continue
-            path.write_text(text.replace(mutation.old, mutation.new, 1))
-            command = [sys.executable, "-m", "pytest", "-q", "-x", *mutation.tests.split()]
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(WORKERS):
+            copies.put(_copy(Path(scratch) / str(number)))
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for mutation, (verdict, line) in zip(chosen, pool.map(lambda m: _try(m, copies), chosen), strict=True):
+                missed += verdict != "noticed"
+                print(f"{verdict:<9} {mutation.name}: {line[:110]}", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(chosen) - missed} of {len(chosen)} noticed in {minutes:.0f} minutes, {WORKERS} at a time")
+    return 1 if missed else 0
+
+
+def _copy(folder: Path) -> Path:
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+    return folder
+
+
+def _try(mutation: Mutation, copies: SimpleQueue[Path]) -> tuple[str, str]:
+    """(verdict, the last words of the tests) of one mutation, in a copy that no other one uses meanwhile."""
+    copy = copies.get()
+    path = copy / mutation.file
+    text = path.read_text()
+    try:
+        if text.count(mutation.old) == 0:
+            return "STALE", "the place is no longer there"
+        path.write_text(text.replace(mutation.old, mutation.new, 1))
+        for test in mutation.tests.split():  # the file that should notice first; the others only where it did not
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:randomly", test]
             result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-            path.write_text(text)
-            noticed = result.returncode == 1
-            survived += not noticed
-            last = result.stdout.strip().splitlines()[-2:] if result.stdout.strip() else [result.stderr[-200:]]
-            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.name}: {last[0][:110]}", flush=True)
-    return 1 if survived else 0
+            words = (result.stdout.strip() or result.stderr.strip()).splitlines()
+            failed = next((line for line in words if line.startswith(("FAILED", "ERROR"))), words[-1] if words else "")
+            if result.returncode == 1:
+                return "noticed", failed
+            if result.returncode != 0:
+                return "BROKEN", failed  # nothing was collected: the change is no change of behaviour
+        return "SURVIVED", failed
+    finally:
+        path.write_text(text)
+        copies.put(copy)
 
 
 if __name__ == "__main__":

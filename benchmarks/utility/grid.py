@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import StudyError
-from common.study import Study, load_study
+from common.study import Study
+from common.study_file import load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEARLY_NO_NOISE = 1000.0  # the largest epsilon that a study may ask for; it is a finite one and is called by its value

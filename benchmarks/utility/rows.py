@@ -24,8 +24,7 @@ from benchmarks.utility.process import last_line, run_limited
 from benchmarks.utility.provenance import code_version, commit, hardware
 from benchmarks.utility.results import Result, Status, append, load
 from common.errors import CheckpointError, FederationError
-from common.files import read_json, write_json
-from common.study import canonical_json
+from common.files import canonical_json, read_json, write_json
 
 SYNTHWARD = (sys.executable, "-m", "server.cli")
 _REAL_STEPS, _QUICK_REAL_STEPS = 300, 60  # not the study's own: all recipes of a set are measured in one space

@@ -20,7 +20,7 @@ from benchmarks.utility.sites import synthetic_set
 from common.claims import two_digits_up
 from common.errors import DataError, StudyError
 from common.files import atomic_write
-from common.study import load_study, parse_study
+from common.study_file import load_study, parse_study
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 _SHEET_EPSILON = 8.0

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from common.images import ImageSet
-from common.study import Settings
+from common.settings import Settings
 
 _SKEW_SHARPNESS = 2.0  # at 2 the smallest share stays above 0.03 / S, so no class vanishes by design
 _TRAIN, _HOLDOUT = 1, 2

@@ -2,11 +2,11 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-    with gate.spend(plan, ...) as permit:      policy and ceilings checked, loss reserved on the disk: counted as spent
-        for _ in range(plan.steps):
-            mask = permit.sample(records)      Poisson sampling at the plan's rate
-            noisy = permit.noisy(total)        clip-bounded sum + noise; at most plan.steps times, or in parts of a step
-        released = permit.seal(reply)          stored at the site, then confirmed; only this can be sent
+    gate.admit()                               approved here, the pinned plan, policy: before any file is opened
+    with gate.spend("train") as permit:        ceilings checked, loss reserved on the disk: counted as spent
+        mask = permit.sample("train", units)   Poisson sampling at the plan's rate
+        noisy = permit.noisy("train", total)   a BoundedSum + noise; at most plan.steps times, or in parts of a step
+        released = permit.seal(noisy)          encoded once, stored at the site, then confirmed; only this can be sent
 
 The same request (the same bytes) is answered from the store and spends nothing.
 """
@@ -14,35 +14,33 @@ The same request (the same bytes) is answered from the store and spends nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from client.privacy.ledger import Ceiling, Ledger
-from client.privacy.mechanism import gaussian_release
-from client.privacy.policy import Cohort, SitePolicy
+from client.privacy.ledger import Approval, Ceiling, Ledger
+from client.privacy.mechanism import Noisy, gaussian_release
+from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
-from common.accounting import MechanismPlan, check_plan
-from common.errors import BudgetError
+from common.accounting import MechanismPlan
+from common.bounded import BoundedSum
+from common.errors import BudgetError, NotApproved
 from common.files import atomic_write
-from common.messages import Agreement, EnrolReply, MomentsReply, Spent, TrainReply, ValidateReply, decode_reply, encode
+from common.protocol import Agreement, Answer, Reply, SiteFacts, Spent, encode
 
-R = TypeVar("R", EnrolReply, MomentsReply, TrainReply, ValidateReply)
 _KEY = object()
+_WHOLE = 1e-9  # by how much a bound that was added up may miss the whole
 
 
-class Released(Generic[R]):
-    """A reply that may leave the site; only the gate makes one."""
+class Released:
+    """The bytes of an answer that may leave the site; only the gate makes one."""
 
-    def __init__(self, reply: R, *, key: object) -> None:
+    def __init__(self, data: bytes, *, key: object) -> None:
         if key is not _KEY:
             raise TypeError("Released is made by the gate only")
-        self.reply = reply
+        self.data = data
 
 
 class Permit:
@@ -54,29 +52,31 @@ class Permit:
         self._left = {plan.name: float(plan.steps) for plan in plans}
         self._plans = {plan.name: plan for plan in plans}
 
-    def sample(self, name: str, records: int) -> NDArray[np.bool_]:
-        """A Poisson mask over `records` records at the plan's sample_rate."""
-        return self._gate.source.poisson_mask(records, self._plans[name].sample_rate)
+    def plan(self, name: str) -> MechanismPlan:
+        """What was agreed of a mechanism."""
+        return self._plans[name]
 
-    def noisy(self, name: str, total: Mapping[str, torch.Tensor], *, part: float = 1.0) -> dict[str, torch.Tensor]:
+    def sample(self, name: str, units: int) -> NDArray[np.bool_]:
+        """A Poisson mask over `units` units at the plan's sample_rate."""
+        return self._gate.source.poisson_mask(units, self._plans[name].sample_rate)
+
+    def noisy(self, name: str, total: BoundedSum) -> Noisy:
         """Release one sum of mechanism `name`, or a part of one, with the noise of a whole one.
 
         Gaussian releases of all records compose exactly by the squares of sensitivity over noise, and a later one may
         be chosen after an earlier one is seen (Dong, Roth and Su 2022, corollary 3.3). So parts whose squares sum to 1
-        cost what one whole release costs.
-
-        Args:
-            total: changes by at most `part` × the plan's sensitivity in L2 when one record is added or removed.
-            part: in (0, 1].
+        cost what one whole release costs. How large a part it is, the sum's own bound says.
 
         Raises:
             BudgetError: the mechanism's planned steps are used up.
-            ValueError: not a part, or a part of a release of sampled records, which do not compose like this.
+            ValueError: a bound over the plan's sensitivity, or a part of a release of sampled records, which do not
+                compose like this.
         """
         plan = self._plans[name]
-        if not 0 < part <= 1 or (part < 1 and plan.sample_rate != 1):
+        part = total.bound / plan.sensitivity
+        if part > 1 + _WHOLE or (part < 1 - _WHOLE and plan.sample_rate != 1):
             raise ValueError(f"a release of '{name}' has no part of {part:g}")
-        if self._left[name] < part**2:
+        if self._left[name] < part**2 - _WHOLE:
             raise BudgetError(f"'{name}' has made all its planned steps", where="gate")
         self._left[name] -= part**2
         return gaussian_release(
@@ -87,16 +87,26 @@ class Permit:
         """Confirm the spending; for a mechanism whose noisy result stays at the site for now."""
         self._gate.ledger.confirm(*self._numbers)
 
-    def seal(self, reply: R) -> Released[R]:
-        """Store the reply under the request's identity, confirm the spending, and let it leave.
+    def seal(self, body: Reply, noisy: Noisy) -> Released:
+        """Encode the answer, store it under the request's identity, confirm the spending, and let it leave.
 
         Stored first: a crash between the two costs nothing, since the same request then finds its answer.
+
+        Args:
+            body: which stage's answer it is; says nothing of records.
+
+        Raises:
+            TypeError: not `Noisy`.
         """
+        if type(noisy) is not Noisy:
+            raise TypeError("only Noisy numbers can be sealed")
         spent = self._gate.spent()
-        reply = replace(reply, spent=replace(spent, confirmed=spent.confirmed + len(self._numbers)))
-        self._gate.store(encode(reply))
+        spent = spent.model_copy(update={"confirmed": spent.confirmed + len(self._numbers)})
+        answer = Answer(site=self._gate.facts, spent=spent, body=body)
+        data = encode(answer, {name: tensor.numpy() for name, tensor in noisy.tensors.items()})
+        self._gate.store(data)
         self.done()
-        return Released(reply, key=_KEY)
+        return Released(data, key=_KEY)
 
 
 class Gate:
@@ -104,39 +114,52 @@ class Gate:
 
     Args:
         request: the request's identity.
-        cohort: what the policy's smallest numbers are compared with; never sent.
         replies: folder of the sealed answers.
     """
 
     def __init__(
-        self, *, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger, source: NoiseSource,
-        cohort: Cohort, replies: Path,
+        self, *, facts: SiteFacts, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger,
+        source: NoiseSource, replies: Path,
     ) -> None:  # fmt: skip
-        self.agreement, self.request, self.policy, self.ledger = agreement, request, policy, ledger
-        self.source, self.cohort, self._replies = source, cohort, replies
+        self.facts, self.agreement, self.request, self.policy = facts, agreement, request, policy
+        self.ledger, self.source, self._replies = ledger, source, replies
 
-    def stored(self, kind: type[R]) -> Released[R] | None:
-        """The answer that this very request has had before, if it had one; sending it again costs nothing."""
-        path = self._replies / f"{self.request}.reply"
-        if not path.exists():
-            return None
-        reply = decode_reply(path.read_bytes())
-        return Released(reply, key=_KEY) if isinstance(reply, kind) else None
-
-    @contextlib.contextmanager
-    def spend(self, *plans: MechanismPlan) -> Iterator[Permit]:
-        """Reserve the loss of one request of each plan; an exception inside leaves it reserved, that is spent.
+    def admit(self) -> Approval:
+        """Whether this study gets an answer at all: a question to ledger and policy, never to a record.
 
         Raises:
-            PolicyRefusal, BudgetError: refused before any record is touched.
+            NotApproved: nobody here approved it, or it was revoked.
+            BudgetError: the plan that came with the request is not the one that was approved.
+            PolicyRefusal: the policy was changed since.
         """
-        study, plan, policy = self.agreement.study, self.agreement.plan, self.policy
-        policy.permit(study, plan, self.cohort, approved=self.ledger.approval(study.sha256) is not None)
-        check_plan(study, plan)
-        unknown = [mechanism.name for mechanism in plans if mechanism not in plan.mechanisms]
-        if unknown:
-            raise BudgetError(f"{unknown[0]} is not in the agreed plan", where="plan")
-        privacy = study.privacy
+        study = self.agreement.study
+        approval = self.ledger.approval(study.sha256)
+        if approval is None:
+            raise NotApproved("the study has no approval at this site", where="approval",
+                              remedy="The site's owner decides: synthward-site explain, then approve.")  # fmt: skip
+        if approval.plan != self.agreement.plan:
+            raise BudgetError(
+                "the plan that came with the request is not the one that was approved", where="plan",
+                remedy="Use the same version of synthward and the same study file everywhere.",
+            )  # fmt: skip
+        self.policy.permit(study, approval.plan)
+        return approval
+
+    def stored(self) -> Released | None:
+        """The answer that this very request has had before, if it had one; sending it again costs nothing."""
+        path = self._replies / f"{self.request}.reply"
+        return Released(path.read_bytes(), key=_KEY) if path.exists() else None
+
+    @contextlib.contextmanager
+    def spend(self, *names: str) -> Iterator[Permit]:
+        """Reserve the loss of one request of each mechanism; an exception inside leaves it reserved, that is spent.
+
+        Raises:
+            NotApproved, PolicyRefusal, BudgetError: refused before any record is touched.
+        """
+        agreed, policy = self.admit().plan, self.policy
+        plans = tuple(agreed[name] for name in names)
+        study, privacy = self.agreement.study, self.agreement.study.privacy
         numbers = self.ledger.reserve(
             *plans, study=study.sha256, request=self.request,
             study_ceiling=Ceiling(privacy.epsilon, privacy.delta, privacy.accountant),
@@ -153,4 +176,4 @@ class Gate:
         privacy, study = self.agreement.study.privacy, self.agreement.study.sha256
         cost = self.ledger.spent(delta=privacy.delta, accountant=privacy.accountant, study=study)
         reserved, confirmed = self.ledger.counts(study)
-        return Spent(cost["train"], cost["holdout"], reserved, confirmed)
+        return Spent(train=cost["train"], holdout=cost["holdout"], reserved=reserved, confirmed=confirmed)

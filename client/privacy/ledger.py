@@ -2,49 +2,30 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-One SQLite file at the site (WAL, synchronous=FULL). Entries are only ever added, and each carries the hash of all
-before it, so that an edited, missing or inserted entry shows; a small file beside it holds the newest hash, so that
-entries cut off at the end show too. A reservation counts as spent from the moment it is written, confirmed or not: a
-crash can waste budget but never hide a loss. The write lock is held from reading the history to writing the
-reservation, so two processes cannot both pass a ceiling.
+Entries are only ever added (`client/privacy/chain.py` says how they are kept). A reservation counts as spent from the
+moment it is written, confirmed or not: a crash can waste budget but never hide a loss. The write lock is held from
+reading the history to writing the reservation, so two processes cannot both pass a ceiling.
+
+A record's loss is that of its own partition. That holds for as long as a record stays on its side: so an approval keeps
+fingerprints of both sides, and a study whose data would put a record on the other one is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
-from common.accounting import PARTITIONS, MechanismPlan, Partition, PrivacyLoss, epsilon_of
-from common.errors import BudgetError, CheckpointError, StorageError
-from common.files import read_json, write_json
-from common.study import canonical_json
+from client.privacy.chain import Chain, Entry, Kind, NoLedger
+from client.privacy.fingerprints import Fingerprints, in_words
+from common.accounting import PARTITIONS, MechanismPlan, Partition, PrivacyLoss, StudyPlan, epsilon_of
+from common.errors import BudgetError, PolicyRefusal
+from common.study import Study
 
-Kind = Literal["reserved", "confirmed", "refused", "approved", "revoked"]
-MOST_REFUSALS = 1000  # of one study: a coordinator that asks in vain without end must not fill the disk
-_FIRST_HASH = hashlib.sha256(b"synthward ledger").hexdigest()
-_VERSION = 2
-_SCHEMA = (
-    "CREATE TABLE entries (number INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, study TEXT NOT NULL,"
-    " body TEXT NOT NULL, hash TEXT NOT NULL)",
-    *(
-        f"CREATE TRIGGER entries_no_{what} BEFORE {what} ON entries"
-        " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-        for what in ("update", "delete")
-    ),
-)
-_VERSION_1 = (  # what version 1 kept, as entries of this version, in the order in which things happened
-    "SELECT at, 'reserved', study, json_object('request', request, 'mechanism', mechanism, 'partition', partition,"
-    " 'noise_multiplier', noise_multiplier, 'sample_rate', sample_rate, 'steps', steps, 'sensitivity', sensitivity),"
-    " id FROM reservations ORDER BY id",
-    "SELECT reservation, at FROM confirmations",
-)
+__all__ = ["Approval", "Ceiling", "Entry", "Ledger", "NoLedger", "compose"]
+
+MOST_REFUSALS = 1000  # in the whole ledger: who asks in vain without end must not fill the disk
 
 
 @dataclass(frozen=True)
@@ -57,70 +38,63 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the ledger.
+class Approval:
+    """What somebody at the hospital agreed to.
 
     Attributes:
-        number: 1, 2, 3, ... without a gap.
-        at: UTC, ISO 8601.
-        study: the study's SHA-256.
-        body: of "reserved" the mechanism's parameters; of "confirmed" the reservation's number; of "refused" the rule,
-            what was asked and what is allowed; of "approved" and "revoked" who did it.
-        hash: SHA-256 over the hash before and this entry.
+        study: its SHA-256.
+        name: what the study calls itself.
+        plan: every mechanism with its noise; no other is run.
+        data: digest of both partitions as they were (`Fingerprints.digest`); with others the study gets no answer.
     """
 
     number: int
     at: str
-    kind: Kind
+    by: str
     study: str
-    body: dict[str, Any]
-    hash: str
+    name: str
+    plan: StudyPlan
+    data: str
 
-    def hash_after(self, previous: str) -> str:
-        """What `hash` has to be."""
-        said = canonical_json([previous, self.number, self.at, self.kind, self.study, self.body])
-        return hashlib.sha256(said.encode()).hexdigest()
-
-    @property
-    def loss(self) -> PrivacyLoss:
-        """Of a reservation."""
-        return PrivacyLoss(self.body["noise_multiplier"], self.body["sample_rate"], self.body["steps"])
+    @classmethod
+    def of(cls, entry: Entry) -> Approval:
+        body, plan = entry.body, StudyPlan.model_validate(entry.body["plan"])
+        return cls(entry.number, entry.at, body["by"], entry.study, body["name"], plan, body["data"])
 
 
 class Ledger:
-    """The account of one site, in one file.
+    """The account of one site, in its state folder; made by `create`, opened by `open`."""
 
-    Raises:
-        StorageError: the file cannot be opened, is not a ledger, is of a newer version, or has been changed.
-    """
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.state, self.key = chain, chain.state, chain.key
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._head = path, path.with_suffix(".head")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            version = self._version()
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(
-                f"the ledger cannot be opened ({error})", where=str(path), remedy="Nothing was spent; check the file."
-            ) from error
-        if version > _VERSION:
-            self.close()
-            raise StorageError("the ledger is of a newer version", where=str(path), remedy="Update synthward.")
-        if version < _VERSION:
-            self._create()
-        problems = self.problems()
-        if problems:
-            self.close()
-            raise StorageError(
-                problems[0], where=str(path),
-                remedy="Nothing was spent. Restore ledger and head file, then run `synthward-site verify-ledger`.",
-            )  # fmt: skip
+    @classmethod
+    def create(cls, state: Path) -> Ledger:
+        """Begin a ledger; for `synthward-site init` alone.
+
+        Raises:
+            StorageError: there is one, or something that only one could have left; or the folder cannot be written.
+        """
+        Chain.create(state)
+        return cls.open(state)
+
+    @classmethod
+    def open(cls, state: Path) -> Ledger:
+        """Open a ledger; writes nothing.
+
+        Raises:
+            NoLedger: there is none.
+            StorageError: it is damaged or incomplete, was changed, or does not belong to what lies beside it.
+        """
+        return cls(Chain.open(state))
 
     def close(self) -> None:
-        self._db.close()
+        self.chain.close()
+
+    @property
+    def identity(self) -> str:
+        """A random name, given when it was begun: a copy has the same."""
+        return str(self.chain.entries("number = 1")[0].body["ledger"])
 
     def reserve(
         self, *plans: MechanismPlan, study: str, request: str, study_ceiling: Ceiling, ceiling: Ceiling
@@ -141,43 +115,112 @@ class Ledger:
             StorageError: the file cannot be written; nothing may be computed.
         """
         numbers = []
-        with self._exclusive():
+        with self.chain.exclusive():
             for plan in plans:
                 self._require(plan, study, study_ceiling, ceiling)
                 body = {"request": request, "mechanism": plan.name, "partition": plan.partition,
                         "noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate,
                         "steps": plan.steps, "sensitivity": plan.sensitivity}  # fmt: skip
-                numbers.append(self._append("reserved", study, body))
+                numbers.append(self.chain.append("reserved", study, body).number)
         return tuple(numbers)
 
     def confirm(self, *reservations: int) -> None:
         """Note that the reserved mechanisms have run to their end."""
-        with self._exclusive():
+        with self.chain.exclusive():
             for number in reservations:
-                study = self._db.execute("SELECT study FROM entries WHERE number = ?", (number,)).fetchone()[0]
-                self._append("confirmed", study, {"reservation": number})
+                study = self.chain.entries("number = ?", number)[0].study
+                self.chain.append("confirmed", study, {"reservation": number})
 
-    def note(self, kind: Literal["refused", "approved", "revoked"], study: str, **body: str | float) -> None:
-        """Write what was refused, or who approved or revoked a study."""
-        with self._exclusive():
-            if kind != "refused" or self._count(study, "refused") < MOST_REFUSALS:
-                self._append(kind, study, dict(body))
+    def approve(self, study: Study, plan: StudyPlan, partitions: Fingerprints, *, by: str) -> Approval:
+        """Let a study ask for what `plan` says, of these very records.
 
-    def approval(self, study: str) -> Entry | None:
-        """The approval of a study, if it has one that was not revoked."""
-        query = "SELECT * FROM entries WHERE study = ? AND kind IN ('approved', 'revoked') ORDER BY number DESC LIMIT 1"
-        row = self._db.execute(query, (study,)).fetchone()
-        return None if row is None or row[2] == "revoked" else _entry(row)
+        Raises:
+            PolicyRefusal: a record would be on two sides, at once or over several studies; nothing is written.
+            StorageError: the file cannot be written.
+        """
+        with self.chain.exclusive():
+            self.require_sides(partitions, study.sha256)
+            body = {
+                "by": by, "name": study.study.name, "epsilon": study.privacy.epsilon, "delta": study.privacy.delta,
+                "plan": plan.model_dump(mode="json"), "data": partitions.digest,
+                "fingerprints": self.chain.keep(*partitions.packed()),
+            }  # fmt: skip
+            return Approval.of(self.chain.append("approved", study.sha256, body))
+
+    def revoke(self, study: str, *, by: str) -> None:
+        """Take the approval of a study (its SHA-256) back; what was spent stays spent."""
+        with self.chain.exclusive():
+            approval = self.approval(study)
+            if approval is not None:
+                self.chain.append("revoked", study, {"by": by, "name": approval.name})
+
+    def refused(self, study: Study, **body: str) -> None:
+        """Write what was refused to a study that was approved at some time; of others, and of too many, nothing."""
+        with self.chain.exclusive():
+            if self._count("approved", study.sha256) and self._count("refused") < MOST_REFUSALS:
+                self.chain.append("refused", study.sha256, {"name": study.study.name, **body})
+
+    def approval(self, study: str) -> Approval | None:
+        """The approval of a study (its SHA-256), if it has one that was not revoked."""
+        entries = self.chain.entries("study = ? AND kind IN ('approved', 'revoked')", study)
+        return Approval.of(entries[-1]) if entries and entries[-1].kind == "approved" else None
+
+    def approvals(self) -> list[Approval]:
+        """Every approval in force, oldest first."""
+        newest = {entry.study: entry for entry in self.chain.entries("kind IN ('approved', 'revoked')")}
+        return [Approval.of(entry) for entry in newest.values() if entry.kind == "approved"]
+
+    def held(self, *, but: str = "") -> list[tuple[Approval, Fingerprints]]:
+        """The data of every approval that has cost something or still may.
+
+        Args:
+            but: a study whose approval in force does not count, since it is about to be replaced.
+        """
+        newest: dict[str, Entry] = {}
+        held = {approval.number for approval in self.approvals() if approval.study != but}
+        for entry in self.chain.entries("kind IN ('approved', 'reserved')"):
+            if entry.kind == "approved":
+                newest[entry.study] = entry
+            elif entry.study in newest:
+                held.add(newest[entry.study].number)
+        found = [entry for entry in self.chain.entries("kind = 'approved'") if entry.number in held]
+        return [(Approval.of(e), Fingerprints.unpacked(*self.chain.kept(e.body["fingerprints"]), e.body["data"]))
+                for e in found]  # fmt: skip
+
+    def require_sides(self, partitions: Fingerprints, study: str) -> None:
+        """Check that no record is on two sides.
+
+        Raises:
+            PolicyRefusal: it is in train and holdout of these data, or on the other side of another study's.
+        """
+        both = partitions.on_both_sides
+        if both:
+            raise PolicyRefusal(
+                f"{in_words(both)} in train and in the holdout at once: their loss would be split over two accounts",
+                where="ledger.sides", remedy="Leave each out of one of the two.",
+            )  # fmt: skip
+        for approval, before in self.held(but=study):
+            moved = partitions.changed_sides(before)
+            if moved:
+                raise PolicyRefusal(
+                    f"{in_words(moved)} on the other side of train and holdout than in study {approval.name}"
+                    f" ({approval.study[:12]}): their loss would be split over two accounts", where="ledger.sides",
+                    remedy="Put them back on their old side, or leave them out.",
+                )  # fmt: skip
 
     def entries(self) -> list[Entry]:
         """Everything, oldest first."""
-        return [_entry(row) for row in self._db.execute("SELECT * FROM entries ORDER BY number")]
+        return self.chain.entries()
 
     def losses(self, partition: Partition, *, study: str | None = None) -> list[PrivacyLoss]:
-        """All losses on a partition, reserved or confirmed; of one study or of all."""
-        query = "SELECT * FROM entries WHERE kind = 'reserved' AND (? IS NULL OR study = ?) ORDER BY number"
-        found = [_entry(row) for row in self._db.execute(query, (study, study))]
-        return [entry.loss for entry in found if entry.body["partition"] == partition]
+        """All losses on a partition, reserved or confirmed; of one study or of all; equal ones as one of more steps."""
+        rows = self.chain.db.execute(
+            "SELECT json_remove(body, '$.request'), COUNT(*) FROM entries"
+            " WHERE kind = 'reserved' AND (?1 IS NULL OR study = ?1) GROUP BY 1", (study,),
+        )  # fmt: skip
+        found = [(json.loads(body), count) for body, count in rows]
+        return [PrivacyLoss(body["noise_multiplier"], body["sample_rate"], body["steps"] * count)
+                for body, count in found if body["partition"] == partition]  # fmt: skip
 
     def spent(self, *, delta: float, accountant: str, study: str | None = None) -> dict[Partition, float]:
         """Epsilon spent so far on each partition."""
@@ -188,32 +231,19 @@ class Ledger:
 
     def counts(self, study: str) -> tuple[int, int]:
         """(reserved, confirmed) requests of a study."""
-        return self._count(study, "reserved"), self._count(study, "confirmed")
+        return self._count("reserved", study), self._count("confirmed", study)
 
     def problems(self) -> list[str]:
         """What shows that entries were changed, removed or inserted; empty when all is well."""
-        try:  # before the entries: another process may add one in between
-            head = read_json(self._head)
-            number, newest = int(head["number"]), str(head["hash"])
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            return [f"the head file {self._head.name} is missing or unreadable"]
-        hashes = [_FIRST_HASH]
-        for expected, row in enumerate(self._db.execute("SELECT * FROM entries ORDER BY number"), start=1):
-            if not _sound(row, expected, hashes[-1]):
-                return [f"the ledger was changed at entry {expected}"]
-            hashes.append(row[-1])
-        if not 0 <= number < len(hashes) or hashes[number] != newest:
-            return [f"the ledger ends at entry {len(hashes) - 1}, but entry {number} was written"]
-        return []
+        return self.chain.problems()
 
     def head(self) -> tuple[int, str]:
         """(number, hash) of the newest entry: whoever notes it down can later show that nothing before it changed."""
-        row = self._db.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
-        return (0, _FIRST_HASH) if row is None else (int(row[0]), str(row[1]))
+        return self.chain.head()
 
     def _require(self, plan: MechanismPlan, study: str, study_ceiling: Ceiling, ceiling: Ceiling) -> None:
-        query = "SELECT COUNT(*) FROM entries WHERE study=? AND kind='reserved' AND json_extract(body,'$.mechanism')=?"
-        if self._db.execute(query, (study, plan.name)).fetchone()[0] >= plan.releases:
+        made = self._count("reserved", study, "json_extract(body, '$.mechanism') = ?", plan.name)
+        if made >= plan.releases:
             raise BudgetError(
                 f"all {plan.releases} planned releases of '{plan.name}' are used up", where="ledger.releases",
                 asked=str(plan.releases + 1), allowed=str(plan.releases),
@@ -229,80 +259,12 @@ class Ledger:
                     allowed=f"{bound.epsilon:g}", remedy="Nothing was spent; the site stops here.",
                 )  # fmt: skip
 
-    def _append(self, kind: Kind, study: str, body: dict[str, Any], at: str | None = None) -> int:
-        number, previous = self.head()
-        entry = Entry(number + 1, at or datetime.now(UTC).isoformat(timespec="seconds"), kind, study, body, "")
-        row = (entry.number, entry.at, kind, study, canonical_json(body), entry.hash_after(previous))
-        self._db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
-        return entry.number
-
-    def _count(self, study: str, kind: Kind) -> int:
-        query = "SELECT COUNT(*) FROM entries WHERE study = ? AND kind = ?"
-        return int(self._db.execute(query, (study, kind)).fetchone()[0])
-
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
-
-    def _create(self) -> None:
-        """Make the tables; take over what an older version kept."""
-        with self._exclusive():
-            if self._version() >= _VERSION:  # another process was quicker
-                return
-            for statement in _SCHEMA:
-                self._db.execute(statement)
-            if self._version() == 1:
-                rows, confirmed = (self._db.execute(query).fetchall() for query in _VERSION_1)
-                numbers = {
-                    old: self._append("reserved", study, json.loads(body), at) for at, _, study, body, old in rows
-                }
-                studies = {old: study for _, _, study, _, old in rows}
-                for old, at in confirmed:
-                    self._append("confirmed", studies[old], {"reservation": numbers[old]}, at)
-            self._db.execute(f"PRAGMA user_version={_VERSION}")
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the write lock; commit at the end, or undo everything."""
-        try:
-            if not self._head.exists():  # before the first entry: from then on a missing head file is a finding
-                if self._version() == _VERSION and self.head()[0]:
-                    raise StorageError(f"the head file {self._head.name} is missing", where=str(self.path))
-                write_json(self._head, {"number": 0, "hash": _FIRST_HASH})
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
-            number, newest = self.head()
-            self._db.execute("COMMIT")
-            # After the commit: a head that lags behind is harmless, one that runs ahead would look like a lost entry.
-            write_json(self._head, {"number": number, "hash": newest})
-        except sqlite3.Error as error:
-            self._rollback()
-            raise StorageError(
-                f"the ledger cannot be written ({error})", where=str(self.path),
-                remedy="Free some space or end the other process; nothing was computed.",
-            ) from error  # fmt: skip
-        except BaseException:
-            self._rollback()
-            raise
-
-    def _rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+    def _count(self, kind: Kind, study: str | None = None, where: str = "1", *values: object) -> int:
+        query = f"SELECT COUNT(*) FROM entries WHERE kind = ? AND (? IS NULL OR study = ?) AND {where}"
+        return int(self.chain.db.execute(query, (kind, study, study, *values)).fetchone()[0])
 
 
 def compose(entries: Sequence[Entry], partition: Partition, *, delta: float, accountant: str) -> float:
     """Epsilon of the reservations among these entries on one partition."""
     losses = [e.loss for e in entries if e.kind == "reserved" and e.body["partition"] == partition]
     return epsilon_of(losses, delta=delta, accountant=accountant)
-
-
-def _entry(row: tuple[Any, ...]) -> Entry:
-    number, at, kind, study, body, digest = row
-    return Entry(int(number), at, kind, study, json.loads(body), digest)
-
-
-def _sound(row: tuple[Any, ...], expected: int, previous: str) -> bool:
-    try:
-        entry = _entry(row)
-        return entry.number == expected and entry.hash == entry.hash_after(previous)
-    except (ValueError, TypeError):
-        return False

@@ -1,29 +1,52 @@
 """What a site permits, whatever a study or the coordinator asks.
 
 SPDX-License-Identifier: Apache-2.0
+
+The rules about the records themselves (how many, whether patients are known) are judged when a study is approved, at
+the site and for its own screen. When a request comes, only the rules about the study are: so no refusal that leaves
+depends on a record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from common.accounting import StudyPlan, epsilon_of
 from common.errors import PolicyRefusal
-from common.study import Settings, Study
+from common.images import Units
+from common.mechanisms import BY_NAME
+from common.settings import Settings
+from common.study import Study
 
-MechanismName = Literal["counts", "moments", "train", "reference", "evaluate"]
+
+def _known(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError(f"no mechanism '{name}'; there are {', '.join(BY_NAME)}")
+    return name
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """How many privacy units the site's train partition has: in all, and in its smallest class."""
+    """What the policy asks of the records: exact numbers, so for the site's own eyes.
+
+    Attributes:
+        units: privacy units (images or patients) in the train partition.
+        smallest_class: units that have an image of the rarest class.
+        patients_known: whether it is known whose each image is.
+    """
 
     units: int
     smallest_class: int
+    patients_known: bool
+
+    @classmethod
+    def of(cls, train: Units, classes: int) -> Cohort:
+        """Of a train partition."""
+        return cls(len(train), int(train.with_class(classes).min()), train.images.patients is not None)
 
 
 class SitePolicy(Settings):
@@ -37,33 +60,35 @@ class SitePolicy(Settings):
         default=1.0, gt=0, le=1, description="of a study's epsilon, what one stage alone may cost"
     )
     accountant: Literal["prv", "rdp"] = "prv"
+    unit: Literal["patient where known", "image"] = Field(
+        default="patient where known", description="what a study must protect: whole patients, or single images"
+    )
     min_units: int = Field(default=20, ge=1, description="smallest train partition that may take part")
     min_units_per_class: int = Field(default=2, ge=0)
     allowed_studies: tuple[str, ...] = Field(default=(), description="SHA-256 of permitted studies; empty = any")
-    allowed_mechanisms: tuple[MechanismName, ...] = ("counts", "moments", "train", "reference", "evaluate")
-    exact_aggregates: Literal[False] = Field(
-        default=False, description="no exact figure leaves; nothing can ask for it"
-    )
-    require_approval: bool = Field(default=True, description="a study needs `synthward-site approve` first")
+    allowed_mechanisms: tuple[Annotated[str, AfterValidator(_known)], ...] = tuple(BY_NAME)
 
-    def permit(self, study: Study, plan: StudyPlan, cohort: Cohort, *, approved: bool) -> None:
-        """Check a study against every rule, before any record is touched.
+    def permit(self, study: Study, plan: StudyPlan, cohort: Cohort | None = None) -> None:
+        """Check a study against every rule.
 
         Raises:
             PolicyRefusal: the first rule that says no, what was asked and what is allowed.
         """
-        for refusal in self.refusals(study, plan, cohort, approved=approved):
+        for refusal in self.refusals(study, plan, cohort):
             raise refusal
 
-    def refusals(self, study: Study, plan: StudyPlan, cohort: Cohort, *, approved: bool) -> Iterator[PolicyRefusal]:
-        """Every rule that says no, in order."""
-        name, privacy = study.sha256[:12], study.privacy
-        if self.require_approval and not approved:
-            yield _no("require_approval", f"study {name}", "approved studies",
-                      "The site approves it: synthward-site approve SITE.toml STUDY.toml --by NAME.")  # fmt: skip
+    def refusals(self, study: Study, plan: StudyPlan, cohort: Cohort | None = None) -> Iterator[PolicyRefusal]:
+        """Every rule that says no, in order; the rules about records only where a cohort is given."""
+        yield from self._of_study(study)
+        yield from self._of_mechanisms(study, plan)
+        if cohort is not None:
+            yield from self._of_records(study, cohort)
+
+    def _of_study(self, study: Study) -> Iterator[PolicyRefusal]:
         if self.allowed_studies and study.sha256 not in self.allowed_studies:
-            yield _no("allowed_studies", f"study {name}", "the listed studies",
+            yield _no("allowed_studies", f"study {study.sha256[:12]}", "the listed studies",
                       "The site's owner adds the study's SHA-256 to allowed_studies.")  # fmt: skip
+        privacy = study.privacy
         limits = (
             ("max_epsilon", privacy.epsilon, self.max_epsilon, "epsilon"),
             ("max_study_epsilon", privacy.epsilon, self.max_study_epsilon, "epsilon"),
@@ -72,26 +97,35 @@ class SitePolicy(Settings):
         for rule, asked, allowed, setting in limits:
             if asked > allowed:
                 yield _no(rule, f"{setting} {asked:g}", f"{allowed:g}", f"Lower privacy.{setting} in the study.")
-        for plan_ in plan.mechanisms:
-            if plan_.name not in self.allowed_mechanisms:
-                yield _no("allowed_mechanisms", plan_.name, ", ".join(self.allowed_mechanisms), "Leave the stage out.")
-            alone = 0.0
-            if self.max_stage_share < 1:
-                alone = epsilon_of([plan_.whole_loss], delta=privacy.delta, accountant=privacy.accountant)
+
+    def _of_mechanisms(self, study: Study, plan: StudyPlan) -> Iterator[PolicyRefusal]:
+        privacy = study.privacy
+        for mechanism in plan.mechanisms:
+            name = mechanism.name
+            if name not in self.allowed_mechanisms:
+                yield _no("allowed_mechanisms", name, ", ".join(self.allowed_mechanisms), "Leave the stage out.")
+            if self.max_stage_share == 1:
+                continue
+            alone = epsilon_of([mechanism.whole_loss], delta=privacy.delta, accountant=privacy.accountant)
             if alone > self.max_stage_share * privacy.epsilon:
-                yield _no("max_stage_share", f"{plan_.name} at epsilon {alone:.3f} alone",
+                yield _no("max_stage_share", f"{name} at epsilon {alone:.3f} alone",
                           f"{self.max_stage_share:g} of {privacy.epsilon:g}", "Give that stage less.")  # fmt: skip
-        # The figures of these two would tell something about the records; that the rule was not met has to be told.
-        if cohort.units < self.min_units:
-            yield _cohort("min_units", f"the site has too few {privacy.unit}s for its policy")
-        elif cohort.smallest_class < self.min_units_per_class:
-            yield _cohort("min_units_per_class", f"a class has too few {privacy.unit}s for the site's policy")
+
+    def _of_records(self, study: Study, cohort: Cohort) -> Iterator[PolicyRefusal]:
+        unit = study.privacy.unit
+        if unit == "image" and cohort.patients_known and self.unit != "image":
+            yield _no("unit", "privacy unit image", "patient, since patients are known here",
+                      'Set privacy.unit = "patient" in the study.')  # fmt: skip
+        few = (("min_units", f"{cohort.units} training {unit}s", cohort.units, self.min_units),
+               ("min_units_per_class", f"{cohort.smallest_class} {unit}s in the smallest class", cohort.smallest_class,
+                self.min_units_per_class))  # fmt: skip
+        for rule, what, found, least in few:
+            if found < least:
+                yield PolicyRefusal(
+                    f"{what}, at least {least} needed", where=f"policy.{rule}", remedy="Take part with more records."
+                )
 
 
 def _no(rule: str, asked: str, allowed: str, remedy: str) -> PolicyRefusal:
     what = f"{asked} asked, {allowed} allowed"
     return PolicyRefusal(what, where=f"policy.{rule}", asked=asked, allowed=allowed, remedy=remedy)
-
-
-def _cohort(rule: str, what: str) -> PolicyRefusal:
-    return PolicyRefusal(what, where=f"policy.{rule}", remedy="Take part with more records.")

@@ -5,29 +5,18 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import torch
-
 from client.privacy.gate import Gate, Released
 from client.site import Site
-from common.messages import EnrolReply, EnrolRequest, Spent
+from common.moments import class_counts
+from common.protocol import Arrays, EnrolReply, EnrolRequest
 
 
-def enrol(site: Site, gate: Gate, request: EnrolRequest) -> Released[EnrolReply]:
+def enrol(site: Site, gate: Gate, request: EnrolRequest, _arrays: Arrays) -> Released:
     """Release the class counts; one unit adds 1 in all (a patient in shares), so their L2 sensitivity is 1.
 
     Raises:
-        PolicyRefusal, BudgetError: refused; no record was counted.
+        NotApproved, PolicyRefusal, BudgetError: refused; no record was counted.
     """
-    plan = request.agreement.plan.counts
-    classes = len(request.agreement.study.data.classes)
-    with gate.spend(plan) as permit:
-        counts = site.train.class_shares(classes)
-        noisy = permit.noisy(plan.name, {"counts": torch.from_numpy(counts)})
-        reply = EnrolReply(
-            site=site.config.name,
-            phantoms=site.splits.phantom,
-            random_source=gate.source.name,
-            spent=Spent(0.0, 0.0, 0, 0),
-            arrays={"counts": noisy["counts"].numpy()},
-        )
-        return permit.seal(reply)
+    with gate.spend("counts") as permit:
+        counts = class_counts(site.train, len(request.agreement.study.data.classes))
+        return permit.seal(EnrolReply(), permit.noisy("counts", counts))

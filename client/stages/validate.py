@@ -3,8 +3,7 @@
 SPDX-License-Identifier: Apache-2.0
 
 The reference is trained on the site's own train partition by DP-SGD, since its score histograms depend on those
-records too; the classifier itself never leaves. A held-out record adds to both histograms, so the joint release has
-the sensitivity sqrt(2) × that of one.
+records too; the classifier itself never leaves. A held-out record adds to the histograms of both, which are joined.
 """
 
 from __future__ import annotations
@@ -12,94 +11,61 @@ from __future__ import annotations
 import torch
 
 from client.privacy.gate import Gate, Released
+from client.reference import private_reference
 from client.site import Site
-from common.accounting import MechanismPlan
-from common.errors import BudgetError
-from common.files import atomic_write, pack_arrays, unpack_arrays, write_json
-from common.messages import Spent, ValidateReply, ValidateRequest
-from common.metrics import ScoreCounts, count_scores, figures
+from common.bounded import joined
+from common.files import write_json
+from common.metrics import count_scores, figures, score_sum
 from common.model.classifier import BiomarkerClassifier
+from common.protocol import Arrays, ValidateReply, ValidateRequest
+from common.study import Study
+
+_TRIED = 5  # random images on which it is tried that rounding depends on no place in a batch
 
 
-def validate(site: Site, gate: Gate, request: ValidateRequest) -> Released[ValidateReply]:
+def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -> Released:
     """Release noisy score histograms and confusion counts.
 
     Raises:
-        PolicyRefusal, BudgetError: refused; no record was touched.
+        NotApproved, PolicyRefusal, BudgetError: refused; no record was touched.
         ReplyError: the classifier does not fit the study.
+        StudyError: the study's backbone cannot be trained privately.
     """
-    study, plan = request.agreement.study, request.agreement.plan
+    study = request.agreement.study
     torch.set_num_threads(site.config.performance.threads)
-    classifier = BiomarkerClassifier.from_state(
-        request.arrays, classes=len(study.data.classes), channels=study.data.channels,
-        image_size=study.data.image_size, backbone=study.validation.backbone,
-    )  # fmt: skip
-    reference = None if plan.reference is None else _reference(site, gate, plan.reference, request)
-    with gate.spend(plan.evaluate) as permit:
-        exact = {"synthetic": _score(site, classifier, request)}
-        if reference is not None:
-            exact["reference"] = _score(site, reference, request)
-        noisy = permit.noisy(plan.evaluate.name, {k: torch.from_numpy(v.vector()) for k, v in exact.items()})
-        reply = ValidateReply(
-            site=site.config.name,
-            spent=Spent(0.0, 0.0, 0, 0),
-            arrays={name: part.numpy() for name, part in noisy.items()},
+    classifiers = {
+        "synthetic": BiomarkerClassifier.from_state(
+            arrays, classes=len(study.data.classes), channels=study.data.channels, image_size=study.data.image_size,
+            backbone=study.validation.backbone,
         )
-        released = permit.seal(reply)
+    }  # fmt: skip
+    if request.agreement.plan.get("reference") is not None:
+        reference = private_reference(
+            gate, study, site.train, state=site.state, expected_batch=request.expected_reference_batch,
+            memory_mb=site.config.performance.memory_mb,
+        )  # fmt: skip
+        if reference is not None:
+            classifiers["reference"] = reference
+    images, bins = site.holdout.images.images, study.validation.bins
+    with gate.spend("evaluate") as permit:
+        sums = [score_sum(site.holdout, c.predict(images), bins, name=name) for name, c in classifiers.items()]
+        released = permit.seal(ValidateReply(), permit.noisy("evaluate", joined(*sums)))
     if site.config.own_reference:
-        _write_own_reference(site, exact, request)
+        _write_own_reference(site, study, classifiers)
     return released
 
 
-def _score(site: Site, classifier: BiomarkerClassifier, request: ValidateRequest) -> ScoreCounts:
-    held_out, bins = site.holdout.images, request.agreement.study.validation.bins
-    return count_scores(classifier.predict(held_out.images), held_out.labels, bins, weights=site.holdout.weights())
-
-
-def _reference(site: Site, gate: Gate, plan: MechanismPlan, request: ValidateRequest) -> BiomarkerClassifier | None:
-    """The private reference: from the site's store when it was trained before, else trained and paid for now.
-
-    None when its budget went in a run that was killed: the synthetic figures do not depend on it.
-    """
-    study = request.agreement.study
-    kept = site.state / f"reference-{study.sha256[:16]}.safetensors"
-    classes, channels = len(study.data.classes), study.data.channels
-    if kept.exists():
-        state = unpack_arrays(kept.read_bytes(), where=str(kept))
-        return BiomarkerClassifier.from_state(
-            state,
-            classes=classes,
-            channels=channels,
-            image_size=study.data.image_size,
-            backbone=study.validation.backbone,
-        )
-    try:
-        with gate.spend(plan) as permit:
-
-            def noisy_mean(total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-                noisy = permit.noisy(plan.name, total)
-                return {name: part / request.expected_reference_batch for name, part in noisy.items()}
-
-            trained = BiomarkerClassifier.fit_private(
-                site.train, classes=classes, channels=channels, config=study.validation, noisy_mean=noisy_mean,
-                poisson_mask=lambda records: permit.sample(plan.name, records),
-                max_grad_norm=plan.sensitivity, seed=study.study.seed,
-                learning_rate=study.validation.reference_learning_rate,
-            )  # fmt: skip
-            atomic_write(kept, pack_arrays(trained.state()))
-            permit.done()
-            return trained
-    except BudgetError:
-        return None
-
-
-def _write_own_reference(site: Site, exact: dict[str, ScoreCounts], request: ValidateRequest) -> None:
+def _write_own_reference(site: Site, study: Study, classifiers: dict[str, BiomarkerClassifier]) -> None:
     """Exact figures beside those of a classifier trained without privacy: a file for this site's eyes only."""
-    study = request.agreement.study
     own = BiomarkerClassifier.fit(
         site.splits.train, classes=len(study.data.classes), channels=study.data.channels, config=study.validation,
         seed=study.study.seed, symmetry=study.symmetry,
     )  # fmt: skip
-    rows = {**exact, "trained on this site's real images, not private": _score(site, own, request)}
-    report = {name: figures(counts, noise_std=0.0).to_json() for name, counts in rows.items()}
+    held_out = site.holdout.images
+    report = {
+        name: figures(
+            count_scores(c.predict(held_out.images), held_out.labels, study.validation.bins), noise_std=0.0
+        ).to_json()
+        for name, c in {**classifiers, "trained on this site's real images, not private": own}.items()
+    }
     write_json(site.state / "for-this-site-only.json", report)

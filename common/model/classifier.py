@@ -1,8 +1,8 @@
-"""The biomarker classifier: trained on synthetic images, or under DP-SGD on real ones as the reference.
+"""The biomarker classifier: trained on synthetic images, tested on real ones.
 
 SPDX-License-Identifier: Apache-2.0
 
-Shapes: N images, B images of one batch, C channels, H×W pixels, K classes, P parameters.
+Shapes: N images, B images of one batch, C channels, H×W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -15,28 +15,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
-from common.errors import DataError, ReplyError
-from common.images import ImageSet, Units, to_unit
+from common.errors import DataError
+from common.images import ImageSet, to_unit
 from common.model.timm_backbones import create_backbone
-from common.study import Symmetry, ValidationConfig
+from common.model.weights import fitting
+from common.study import Study, Symmetry, ValidationConfig
 
+BATCH = 256  # images per pass of a test
 _WEIGHT_DECAY = 0.01
 _WARM_UP = 0.1  # share of the steps
 _SHIFT = 14  # images are shifted by at most side / 14 pixels
 _CONTRAST, _BRIGHTNESS = 0.3, 0.2  # at most: log of the factor; what is added, in pixels of [-1, 1]
-_PHYSICAL_BATCH = 64  # records whose gradients are in memory at once
-_PRIVATE_LEARNING_RATE = 3e-3
-
-PoissonMask = Callable[[int], NDArray[np.bool_]]
-Tensors = dict[str, torch.Tensor]
-NoisyMean = Callable[[Tensors], Tensors]
-RecordGradients = Callable[[Tensors, torch.Tensor, torch.Tensor], Tensors]
 
 
 class BiomarkerClassifier:
-    """A timm network with its sizes; made by `fit`, `fit_private` or `from_state`, always in evaluation mode."""
+    """A timm network with its sizes; made by `fit`, `fresh` or `from_state`, always in evaluation mode."""
 
     def __init__(self, net: nn.Module, *, classes: int, channels: int, image_size: int, backbone: str) -> None:
         self.net = net.eval()
@@ -74,7 +68,7 @@ class BiomarkerClassifier:
             model = cls._fresh(images, classes, channels, config.backbone)
             net = model.net.train()
             optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=_WEIGHT_DECAY)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.steps))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_up_and_cosine(config.steps))
             draws = np.random.default_rng(seed)
             for step in range(config.steps):
                 index = _balanced(images.labels, config.batch_size, draws)
@@ -90,59 +84,18 @@ class BiomarkerClassifier:
         return model
 
     @classmethod
-    def fit_private(
-        cls,
-        units: Units,
-        *,
-        classes: int,
-        channels: int,
-        config: ValidationConfig,
-        poisson_mask: PoissonMask,
-        noisy_mean: NoisyMean,
-        seed: int,
-        max_grad_norm: float = 1.0,
-        learning_rate: float = _PRIVATE_LEARNING_RATE,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> BiomarkerClassifier:
-        """Train on real images by DP-SGD (Abadi et al. 2016, algorithm 1) with Adam, `config.reference_steps` steps.
-
-        This function samples and adds noise only through its callers' functions; it owns clipping. Removing one
-        unit moves the sum that `noisy_mean` receives by at most `max_grad_norm` (L2 over all parameters).
-
-        Args:
-            units: patients or images, U of them; a chosen patient gives one image a step, drawn at random.
-            poisson_mask: called once a step with U; a mask, shape (U,); it may be empty.
-            noisy_mean: called once a step with the clipped sum by parameter name; adds noise, divides by the expected
-                batch, and returns the same names and shapes.
-            seed: of the initial weights; public, never of the noise.
+    def fresh(cls, study: Study) -> BiomarkerClassifier:
+        """The study's classifier, untrained; initial weights are drawn from the study's seed.
 
         Raises:
-            DataError: labels or shapes that do not fit.
-            StudyError: timm does not know `config.backbone`.
+            StudyError: timm does not know the backbone.
         """
-        images, draws = units.images, np.random.default_rng()  # which image of a patient: no secret
-        _check(images, classes, channels)
-        with _seeded(seed):
-            model = cls._fresh(images, classes, channels, config.backbone)
-            net = model.net.train()
-            gradients_of = _record_gradients(net)
-            optimiser = torch.optim.Adam(net.parameters(), lr=learning_rate)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(config.reference_steps))
-            for step in range(config.reference_steps):
-                picked, labels = units.draw(poisson_mask(len(units)), 1, draws)
-                chosen = ImageSet(picked[:, 0], labels[:, 0])
-                mean = noisy_mean(_clipped_sum(net, gradients_of, chosen, max_grad_norm))
-                for name, parameter in net.named_parameters():
-                    parameter.grad = mean[name].to(parameter.dtype).reshape(parameter.shape)
-                optimiser.step()
-                schedule.step()
-                if progress is not None:
-                    progress(step + 1, config.reference_steps)
-            net.zero_grad(set_to_none=True)
-            net.eval()
-        return model
+        classes, data, backbone = len(study.data.classes), study.data, study.validation.backbone
+        with _seeded(study.study.seed):
+            net = create_backbone(backbone, channels=data.channels, classes=classes, image_size=data.image_size)
+        return cls(net, classes=classes, channels=data.channels, image_size=data.image_size, backbone=backbone)
 
-    def predict(self, images: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
+    def predict(self, images: NDArray[np.uint8], batch: int = BATCH) -> NDArray[np.float32]:
         """Class probabilities (N, K) of images (N, C, H, W), each row summing to 1; N may be 0.
 
         Every pass has `batch` images, the last one filled with black ones: rounding depends on the size of a batch, and
@@ -181,23 +134,15 @@ class BiomarkerClassifier:
         """Rebuild a classifier from `state`.
 
         Raises:
-            ReplyError: a name is missing or unknown, or a value has another shape or type or is not finite.
+            ReplyError: it is not this network's (`common/model/weights.py: fitting`).
             StudyError: timm does not know `backbone`.
         """
         with _seeded(0):
             net = create_backbone(backbone, channels=channels, classes=classes, image_size=image_size)
         wanted = _learnt(net)
-        if state.keys() != wanted.keys():
-            odd = sorted(state.keys() ^ wanted.keys())[0]
-            raise _refused("names differ from those of the network", odd)
-        for name, target in wanted.items():
-            value = state[name]
-            if value.dtype != np.float32 or value.shape != tuple(target.shape):
-                raise _refused(f"{value.dtype} {value.shape} instead of float32 {tuple(target.shape)}", name)
-            if not np.isfinite(value).all():
-                raise _refused("contains NaN or infinity", name)
-            with torch.no_grad():
-                target.copy_(torch.from_numpy(np.array(value)))
+        with torch.no_grad():
+            for name, value in fitting(state, wanted, where="classifier").items():
+                wanted[name].copy_(value)
         return cls(net, classes=classes, channels=channels, image_size=image_size, backbone=backbone)
 
     @classmethod
@@ -207,42 +152,8 @@ class BiomarkerClassifier:
         return cls(net, classes=classes, channels=channels, image_size=side, backbone=backbone)
 
 
-def _record_gradients(net: nn.Module) -> RecordGradients:
-    """A function (parameters, pixels (B, C, H, W), labels (B,)) -> gradients (B, *shape) by name.
-
-    The network sees one record at a time (vectorised over records), so nothing that it does inside, such as folding
-    windows into the batch, can put one record's gradient into another's or split it in parts that are clipped apart.
-    """
-
-    def loss(parameters: Tensors, pixels: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits = functional_call(net, parameters, (pixels[None],))
-        return nn.functional.cross_entropy(logits, label[None])
-
-    return vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-
-
-def _clipped_sum(net: nn.Module, gradients_of: RecordGradients, chosen: ImageSet, max_grad_norm: float) -> Tensors:
-    """Sum over the chosen records of min(1, max_grad_norm / norm) × gradient, by parameter name."""
-    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for start in range(0, len(chosen), _PHYSICAL_BATCH):
-        pixels = to_unit(chosen.images[start : start + _PHYSICAL_BATCH])
-        labels = torch.from_numpy(chosen.labels[start : start + _PHYSICAL_BATCH])
-        gradients = gradients_of(parameters, pixels, labels)
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-        sound = norms.isfinite()  # a record with a NaN or infinite gradient contributes nothing
-        factors = (max_grad_norm / (norms[sound] + 1e-6)).clamp(max=1.0)
-        for name, gradient in gradients.items():
-            total[name] += torch.tensordot(factors, gradient if bool(sound.all()) else gradient[sound], dims=1)
-    return total
-
-
 def _learnt(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in net.state_dict().items() if value.dtype == torch.float32}
-
-
-def _refused(what: str, name: str) -> ReplyError:
-    return ReplyError(what, where=f"classifier state: {name}", remedy="Use the weights of this study's classifier.")
 
 
 def _check(images: ImageSet, classes: int, channels: int) -> None:
@@ -264,7 +175,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+def warm_up_and_cosine(steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at each of `steps` steps: a tenth of them rising, then half a cosine."""
     warm = max(1, round(_WARM_UP * steps))
 
     def factor(step: int) -> float:
@@ -296,10 +208,10 @@ def _augment(batch: torch.Tensor, draws: np.random.Generator, symmetry: Symmetry
         chosen = torch.from_numpy(draws.random((count, 1)) < 0.5)
         return torch.where(chosen, shifted.flip(1), shifted) if flipped else shifted
 
-    rows, columns = places(flipped=symmetry == "square"), places(flipped=symmetry != "none")
+    rows, columns = places(flipped=symmetry == "dihedral"), places(flipped=symmetry != "none")
     records = torch.arange(count)[:, None, None]
     moved = padded[records, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if symmetry == "square":
+    if symmetry == "dihedral":
         turned = torch.from_numpy(draws.random((count, 1, 1, 1)) < 0.5)
         moved = torch.where(turned, moved.transpose(2, 3), moved)
 

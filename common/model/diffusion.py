@@ -8,11 +8,14 @@ B records, K noise draws a record, C channels, H W pixels; t from 0 (nearly clea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from common.study import Study
 
 MIN_SNR = 5.0  # as its authors advise
 
@@ -112,3 +115,26 @@ class DiffusionLoss:
         """`losses` with fresh draws."""
         draws = self.draw(len(y), tuple(x0.shape[-3:]), generator=generator, dtype=x0.dtype)
         return self.losses(net, x0, y, draws)
+
+
+def record_loss(
+    study: Study, generator: torch.Generator
+) -> tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:
+    """The study's loss as `common/model/record_rule.py` wants it: (loss of a network and rows, what makes the rows).
+
+    Rows are pixels, labels and the tensors of `Draws`, each (B, ...), so that the loss itself has no randomness.
+    """
+    diffusion = study.diffusion
+    loss = DiffusionLoss(
+        NoiseSchedule(diffusion.timesteps), diffusion.noise_multiplicity, diffusion.label_dropout,
+        len(study.data.classes), weighting=diffusion.weighting, steps=study.network_steps,
+    )  # fmt: skip
+
+    def draw(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        made = loss.draw(len(y), tuple(x.shape[-3:]), generator=generator, dtype=x.dtype)
+        return x, y, made.t, made.noise, made.keep_label
+
+    def losses(net: nn.Module, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, keep_label: Tensor) -> Tensor:
+        return loss.losses(net, x, y, Draws(t, noise, keep_label))
+
+    return losses, draw

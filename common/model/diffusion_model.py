@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import ReplyError
-from common.messages import Arrays
 from common.model.diffusion import NoiseSchedule
 from common.model.gaussian import GaussianVelocity, buffers
 from common.model.swin_unet import SwinUNet
+from common.model.weights import fitting
 from common.moments import Coordinates, coordinates
 from common.prior import Prior
+from common.protocol import Arrays
 from common.study import Study
 
 _TRAINED = {  # patterns of parameter names
@@ -55,7 +55,7 @@ class DiffusionModel(nn.Module):
         rest = self.swin(x, t, y if self._told else torch.full_like(y, self._null_class))
         return self.prior(x, t, y) + rest * acts[..., None, None, None]
 
-    def train_only(self, which: str) -> list[str]:
+    def set_trainable(self, which: str) -> list[str]:
         """Let only these parameters require a gradient, and name them.
 
         Args:
@@ -98,14 +98,8 @@ def load_model(study: Study, weights: Arrays) -> DiffusionModel:
     """The study's model with these weights.
 
     Raises:
-        ReplyError: names or shapes differ from the study's model, or a value is not finite.
+        ReplyError: they are not this model's (`common/model/weights.py: fitting`).
     """
     model = DiffusionModel(study)
-    state = model.state_dict()
-    if set(state) != set(weights):
-        raise ReplyError("the weights have other names than the study's model", where="request")
-    for name, array in weights.items():
-        if array.shape != tuple(state[name].shape) or not bool(np.isfinite(array).all()):
-            raise ReplyError(f"the weight '{name}' does not fit the study's model", where="request")
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
+    model.load_state_dict(fitting(weights, model.state_dict(), where="weights"))
     return model

@@ -4,7 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 
 B records, K noise draws a record, T tokens, D width, G window groups (K × windows), A heads, N tokens a window.
 Parameters live only in nn.Linear on (B, T, D), nn.Embedding on (B, K) and RelativePositionBias on (B, G, A, N, N):
-windows and draws are folded in parameter-free code. `client/privacy/grad_sample.py` refuses anything else.
+windows and draws are folded in parameter-free code. `common/model/record_rule.py` refuses what breaks this.
 """
 
 from __future__ import annotations

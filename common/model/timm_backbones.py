@@ -73,7 +73,7 @@ def create_backbone(name: str, *, channels: int, classes: int, image_size: int) 
             net = timm.create_model(name, img_size=image_size * factor, **sized)
         except TypeError:  # convolutional networks take no size
             net = timm.create_model(name, **sized)
-        net = _Enlarged(without_batch_norm(net), factor)
+        net = _Enlarged(not_in_place(without_batch_norm(net)), factor)
         with torch.no_grad():
             shape = tuple(net.eval()(torch.zeros(2, channels, image_size, image_size)).shape)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
@@ -93,6 +93,14 @@ def without_batch_norm(net: nn.Module) -> nn.Module:
             return norm
         parent, _, leaf = path.rpartition(".")
         setattr(net.get_submodule(parent), leaf, norm)
+    return net
+
+
+def not_in_place(net: nn.Module) -> nn.Module:
+    """Let activations make new tensors: per-record gradients need what a layer was given, unchanged."""
+    for module in net.modules():
+        if "inplace" in vars(module):
+            vars(module)["inplace"] = False
     return net
 
 

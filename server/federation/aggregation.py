@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.messages import Arrays
+from common.protocol import Arrays
 
 
 def average(updates: Mapping[str, Arrays], counts: Mapping[str, float]) -> Arrays:
@@ -20,7 +20,7 @@ def average(updates: Mapping[str, Arrays], counts: Mapping[str, float]) -> Array
         counts: by site, the noisy number of records, at least 1 each.
 
     Returns:
-        float32 arrays.
+        float64 arrays.
     """
     total = sum(counts[site] for site in updates)
     names = next(iter(updates.values()))
@@ -28,7 +28,7 @@ def average(updates: Mapping[str, Arrays], counts: Mapping[str, float]) -> Array
         name: sum(
             (update[name].astype(np.float64) * (counts[site] / total) for site, update in updates.items()),
             start=np.zeros(1),
-        ).astype(np.float32)
+        )
         for name in names
     }
 
@@ -44,9 +44,14 @@ def mean_gradient(sums: Mapping[str, Arrays], expected_batches: Mapping[str, flo
     return {name: np.sum([part[name].astype(np.float64) for part in sums.values()], axis=0) / total for name in names}
 
 
-def apply(weights: Arrays, change: Arrays) -> Arrays:
-    """The weights after a change of some of them."""
-    return {name: weights[name] + change[name] if name in change else weights[name] for name in weights}
+def moved(weights: Arrays, change: Arrays) -> Arrays:
+    """The weights that a change moves; float64."""
+    return {name: weights[name].astype(np.float64) + part for name, part in change.items()}
+
+
+def within(weights: Arrays, largest: float) -> Arrays:
+    """The weights as float32, none over `largest` in absolute value: what a site takes, and far from an overflow."""
+    return {name: np.clip(array, -largest, largest).astype(np.float32) for name, array in weights.items()}
 
 
 def moving_average(ema: Arrays, weights: Arrays, *, decay: float, steps: int, step: int) -> Arrays:

@@ -1,40 +1,40 @@
-"""The sites as the server sees them: ask all, wait with a deadline, sort the answers.
+"""The sites as the server reaches them: send each its question, wait with a deadline, hand back bytes.
 
 SPDX-License-Identifier: Apache-2.0
+
+Nothing is believed here: what the bytes say is read in `server/federation/collect.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.errors import FederationError, ReplyError
-from common.messages import Refusal, Reply, Request, decode_reply, encode
+from common.protocol import Arrays, Request, encode
 from common.wire import from_record, to_record
 
 MESSAGE_TYPES = {"enrol": "query.enrol", "moments": "query.moments", "train": "train", "validate": "evaluate"}
 _POLL_SECONDS = 0.2
 
+Requests = Mapping[int, tuple[Request, Arrays]]  # by node
+
 
 @dataclass(frozen=True)
-class Answers:
-    """What came back to one question; every site that was asked is in exactly one of these.
+class Returned:
+    """What came back to one question; every node that was asked is in exactly one of these.
 
     Attributes:
-        replies: by node, well-formed answers (not yet screened).
-        refusals: by node, a site's readable no.
-        broken: by node, why a reply could not be read.
-        silent: nodes that did not answer before the deadline.
+        answers: by node, the answer's bytes, unread.
+        failures: by node, why there are none.
     """
 
-    replies: dict[int, Reply] = field(default_factory=dict)
-    refusals: dict[int, Refusal] = field(default_factory=dict)
-    broken: dict[int, str] = field(default_factory=dict)
-    silent: list[int] = field(default_factory=list)
+    answers: dict[int, bytes] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 class SiteGroup:
@@ -62,54 +62,35 @@ class SiteGroup:
                 )  # fmt: skip
             time.sleep(_POLL_SECONDS)
 
-    def message(self, node: int, request: Request) -> Message:
-        """The Flower message of a request."""
-        return Message(
-            content=to_record(encode(request)), dst_node_id=node, message_type=MESSAGE_TYPES[request.stage],
-            ttl=self._timeout,
-        )  # fmt: skip
-
-    def ask(self, requests: Mapping[int, Request], *, on_answer: Callable[[int], None] | None = None) -> Answers:
-        """Send one request a node and wait for the answers, at most `timeout_seconds`."""
-        return self.sort(self.exchange([self.message(node, r) for node, r in requests.items()], on_answer), requests)
-
-    def exchange(
-        self, messages: Sequence[Message], on_answer: Callable[[int], None] | None = None
-    ) -> dict[int, Message]:
-        """Push messages and pull what comes back before the deadline, by node asked."""
-        nodes = [message.metadata.dst_node_id for message in messages]
-        waiting = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+    def ask(self, requests: Requests) -> Returned:
+        """Send each node its request and wait for the answers, at most `timeout_seconds`."""
+        messages = [self._message(node, request, arrays) for node, (request, arrays) in requests.items()]
+        waiting = dict(zip(self._grid.push_messages(messages), requests, strict=True))
         deadline = time.monotonic() + self._timeout
-        answered: dict[int, Message] = {}
+        returned = Returned()
         while waiting and time.monotonic() < deadline:
             for reply in self._grid.pull_messages(list(waiting)):
                 # A dead node's error carries another source: the message it answers tells whom we had asked.
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
-                answered[node] = reply
-                if on_answer is not None:
-                    on_answer(node)
+                if node is not None:
+                    _keep(returned, node, reply)
             if waiting:
                 time.sleep(_POLL_SECONDS)
-        return answered
+        returned.failures.update(dict.fromkeys(waiting.values(), "no answer before the deadline"))
+        return returned
 
-    @staticmethod
-    def sort(answered: Mapping[int, Message], asked: Mapping[int, Request]) -> Answers:
-        """Decode each answer; whatever is malformed is named, never raised."""
-        answers = Answers(silent=[node for node in asked if node not in answered])
-        for node, message in answered.items():
-            if message.has_error():
-                answers.broken[node] = f"the site's process failed (Flower error {message.error.code})"
-                continue
-            try:
-                reply = decode_reply(from_record(message.content))
-                if isinstance(reply, Refusal):
-                    answers.refusals[node] = reply
-                elif reply.stage != asked[node].stage:
-                    raise ReplyError(f"answered '{reply.stage}' to '{asked[node].stage}'", where="reply")
-                else:
-                    answers.replies[node] = reply
-            except ReplyError as error:
-                answers.broken[node] = error.what
-        return answers
+    def _message(self, node: int, request: Request, arrays: Arrays) -> Message:
+        return Message(
+            content=to_record(encode(request, arrays)), dst_node_id=node, message_type=MESSAGE_TYPES[request.stage],
+            ttl=self._timeout,
+        )  # fmt: skip
+
+
+def _keep(returned: Returned, node: int, reply: Message) -> None:
+    if reply.has_error():
+        returned.failures[node] = f"the site's process failed (Flower error {reply.error.code})"
+        return
+    try:
+        returned.answers[node] = from_record(reply.content)
+    except ReplyError as error:
+        returned.failures[node] = error.what

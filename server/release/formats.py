@@ -28,7 +28,7 @@ def write_npz(path: Path, images: ImageSet) -> None:
 
 
 def write_pngs(folder: Path, images: ImageSet, classes: tuple[str, ...], *, note: str) -> None:
-    """One PNG an image, in a folder a class; each says in its metadata that it is synthetic."""
+    """One PNG per image, in a folder per class; each says in its metadata that it is synthetic."""
     info = PngInfo()
     info.add_text("Description", note)
     counters = [0] * len(classes)

@@ -41,7 +41,10 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 <section class="banner">PHANTOMS. The sites of this run held procedurally drawn images; no patient is involved, and no figure here speaks about real images.</section>
 {% endif %}
 <div class="heads">
-<div><b>{{ claim.epsilon_max|up }}</b><span>epsilon, per {{ claim.unit }} at a site (delta {{ claim.delta }})</span></div>
+<div><b>{{ claim.epsilon_max|up }}</b><span>epsilon, per {{ claim.unit }} and per site (delta {{ claim.delta }})</span></div>
+{% if claim.sites|length > 1 %}
+<div><b>{{ claim.epsilon_sum|up }}</b><span>epsilon of a person {{ "with one image" if claim.unit == "image" else "who is a patient" }} at every site: the sum (delta {{ claim.delta_sum }})</span></div>
+{% endif %}
 <div><b>{{ "%.3f"|format(r.validation[0].auc_macro.value) if r.validation[0].auc_macro.value == r.validation[0].auc_macro.value else "–" }}</b><span>AUC on held-out images, classifier trained on synthetic ones</span></div>
 <div><b>{{ "%.3f"|format(r.validation[0].f1_macro.value) if r.validation[0].f1_macro.value == r.validation[0].f1_macro.value else "–" }}</b><span>macro F1, the same</span></div>
 <div><b>{{ r.synthetic|length }}</b><span>synthetic images, {{ r.study.data.classes|length }} classes</span></div>
@@ -52,7 +55,7 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 {% for name, number, uri in sheets %}
 <figure><figcaption>{{ name }}: {{ number }} images, the first ones shown</figcaption><img src="{{ uri }}" alt="Synthetic images of the class {{ name }}"></figure>
 {% endfor %}
-<p class="note">Sampled from a model trained with epsilon {{ claim.epsilon_max|up }}. No real image is on this page.</p>
+<p class="note">Drawn by a model trained with epsilon {{ claim.epsilon_max|up }}, per {{ claim.unit }} and per site. No real image is on this page.</p>
 </section>
 
 <section><h2>Do the biomarkers survive?</h2>
@@ -83,7 +86,7 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 </section>
 
 <section><h2>Privacy statement</h2>
-<p>{{ claim.statement() }}</p>
+<p>{{ claim.statement }}</p>
 <div class="scroll"><table><caption>Epsilon by site (delta {{ claim.delta }}, ceiling {{ claim.epsilon_ceiling }}), rounded up</caption>
 <tr><th scope="col">site</th><th scope="col">training records</th><th scope="col">held-out records</th><th scope="col">the larger</th><th scope="col">from</th></tr>
 {% for site in claim.sites %}<tr><td>{{ site.site }}</td><td>{{ site.epsilon_train|up }}</td><td>{{ site.epsilon_holdout|up }}</td><td>{{ site.epsilon|up }}</td><td>{{ "the site's ledger" if site.basis == "ledger" else "the plan (upper bound: its last answer is missing)" }}</td></tr>
@@ -96,7 +99,7 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 <tr><th scope="col">name</th><th scope="col">records</th><th scope="col">noise_multiplier</th><th scope="col">sensitivity</th><th scope="col">sample_rate</th><th scope="col">steps at most</th><th scope="col">what it releases</th></tr>
 {% for m in claim.mechanisms %}<tr><td>{{ m.name }}</td><td>{{ m.partition }}</td><td>{{ "%.4f"|format(m.noise_multiplier) }}</td><td>{{ "%.4g"|format(m.sensitivity) }}</td><td>{{ m.sample_rate }}</td><td>{{ m.steps }}</td><td class="wrap">{{ m.meaning }}</td></tr>
 {% endfor %}</table></div>
-<p class="note">Accountant: {{ claim.accountant|upper }}, {{ claim.accountant_version }}. Tuning: {{ claim.tuning }}.{% if claim.begun %} Sites were asked from {{ claim.begun }}{{ " to " + claim.ended if claim.ended }}.{% endif %} Composition, post-processing and all other fields: privacy.json.</p>
+<p class="note">Accountant: {{ claim.accountant|upper }}, {{ claim.accountant_version }}. Tuning: {{ claim.tuning.meaning }}.{% if claim.begun %} Sites were asked from {{ claim.begun }}{{ " to " + claim.ended if claim.ended }}.{% endif %} Composition, post-processing and all other fields: privacy.json.</p>
 <p class="note">Not protected: {{ claim.unprotected|join("; ") }}. Random source of the noise: {{ claim.random_source }}. Libraries: {% for name, version in claim.libraries.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.</p>
 </section>
 

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from common.claims import Claim, two_digits_up
 from common.images import ImageSet
 from common.metrics import Estimate, Figures
-from common.study import Study, study_toml
+from common.study import Study
+from common.study_file import study_toml
 from server.checkpoints import RoundRow
 from server.release.charts import curve
 from server.release.formats import contact_sheet

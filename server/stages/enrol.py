@@ -5,10 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from common.errors import ReplyError
-from common.messages import EnrolReply, EnrolRequest
-from server.federation.screening import screen_arrays
-from server.session import Member, Session
+from common.protocol import Arrays, EnrolReply, EnrolRequest
+from server.federation.members import Member
+from server.federation.screening import LARGEST_COUNT, screen_arrays, screen_norm
+from server.session import Session
 
 
 def enrol(session: Session) -> None:
@@ -17,38 +17,39 @@ def enrol(session: Session) -> None:
     Raises:
         FederationError: fewer usable sites than federation.min_sites.
     """
-    study = session.agreement.study
     nodes = session.group.wait_for(_expected(session))
+    classes = len(session.agreement.study.data.classes)
     session.progress.stage("enrol", f"{len(nodes)} sites are online; asking for private class counts")
+
+    def screen(_node: int, _body: EnrolReply, arrays: Arrays) -> None:
+        screen_arrays(arrays, expected={"counts": (classes,)}, dtype="float64")
+        screen_norm(arrays, largest=LARGEST_COUNT, what="counts")
+
     request = EnrolRequest(agreement=session.agreement)
-    answers = session.group.ask(dict.fromkeys(nodes, request))
-    reasons = session.excuses(answers)
-    for node, reply in sorted(answers.replies.items()):
-        if not isinstance(reply, EnrolReply):
-            continue
-        try:
-            screen_arrays(reply.arrays, expected={"counts": (len(study.data.classes),)}, dtype="float64")
-            if any(member.site == reply.site for member in session.members.values()):
-                raise ReplyError(f"a second site calls itself '{reply.site}'", where="reply")
-        except ReplyError as error:
-            reasons[reply.site] = error.what
-            continue
-        counts = [round(float(count), 1) for count in reply.arrays["counts"]]
-        session.members[node] = Member(node, reply.site, counts, reply.phantoms, reply.random_source, reply.spent)
-    for site, reason in reasons.items():
-        session.progress.warn(f"{site}: {reason}", site=site)
-    session.require(len(session.members), reasons, "enrol")
-    session.members = dict(sorted(session.members.items(), key=lambda item: item[1].site))
+    collected = session.ask("enrol", {node: (request, {}) for node in nodes}, EnrolReply, screen)
+    for answer in sorted(collected.accepted, key=lambda answer: answer.site.name):
+        counts = [round(float(count), 1) for count in answer.arrays["counts"]]
+        session.members[answer.node] = Member(answer.node, answer.site, counts, answer.spent)
     for member in session.members.values():
         session.progress.step(
             "enrol", len(session.members), len(session.members),
-            f"{member.site}: about {member.weight:.0f} training records (noisy), epsilon {member.spent.train:.2f}",
-            site=member.site, counts=member.counts, epsilon=member.spent.train,
+            f"{member.name}: about {member.weight:.0f} training records (noisy), epsilon {member.spent.train:.2f}",
+            site=member.name, counts=member.counts, epsilon=member.spent.train,
         )  # fmt: skip
-    # Sites of an earlier process stay in the record: what they gave is in the model, so the claim must name them.
+    _keep_for_the_claim(session)
+
+
+def _keep_for_the_claim(session: Session) -> None:
+    """Sites of an earlier process stay in the record, and so does what they then said of themselves: what they gave is
+    in the model, so the claim must tell of it."""
     ever = session.folder.result("enrol") or {}
-    now = {m.site: {"phantoms": m.phantoms, "random_source": m.random_source} for m in session.members.values()}
-    session.folder.keep_result("enrol", {**ever, **now})
+    for member in session.members.values():
+        before = ever.get(member.name, {"phantoms": True, "random_source": member.facts.random_source})
+        sources = {*before["random_source"].split("; "), member.facts.random_source}
+        ever[member.name] = {
+            "phantoms": before["phantoms"] and member.facts.phantoms, "random_source": "; ".join(sorted(sources)),
+        }  # fmt: skip
+    session.folder.keep_result("enrol", ever)
 
 
 def _expected(session: Session) -> int:

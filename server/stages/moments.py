@@ -9,13 +9,12 @@ import math
 
 import numpy as np
 
-from common.errors import ReplyError
-from common.messages import Arrays, MomentsReply, MomentsRequest
 from common.model.diffusion_model import initial_weights, space_of, with_prior
 from common.prior import Prior
+from common.protocol import Arrays, MomentsReply, MomentsRequest
+from common.study import Study
 from server.checkpoints import Checkpoint
-from server.federation.screening import screen_arrays
-from server.federation.sites import Answers
+from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.session import Session
 from server.synthesis.pretrain import pretrained
 
@@ -31,7 +30,7 @@ def moments(session: Session) -> None:
     study = session.agreement.study
     if session.folder.last_checkpoint() is not None:
         return
-    prior = None if session.agreement.plan.moments is None else _ask(session)
+    prior = None if session.agreement.plan.get("moments") is None else _ask(session)
     weights = initial_weights(study)
     if study.pretrain.source != "none" and study.training.rounds:
         kind = (
@@ -49,46 +48,34 @@ def moments(session: Session) -> None:
 
 def _ask(session: Session) -> Prior:
     """The prior of all sites that answer."""
-    study, plan = session.agreement.study, session.agreement.plan.moments
-    assert plan is not None
+    study, plan = session.agreement.study, session.agreement.plan["moments"]
+    counts_std = session.agreement.plan["counts"].noise_std
+    shapes = _shapes(study)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+
+    def screen(node: int, _body: MomentsReply, arrays: Arrays) -> None:
+        screen_arrays(arrays, expected=shapes, dtype="float64")
+        units = most_units(session.members[node].counts, counts_std)
+        largest = largest_sum_norm(units=units, sensitivity=plan.sensitivity, noise_std=plan.noise_std, numbers=numbers)
+        screen_norm(arrays, largest=largest, what="sums")
+
     session.progress.stage("moments", f"asking {len(session.members)} sites for private class moments")
-    answers = session.group.ask({
-        node: MomentsRequest(agreement=session.agreement, counts=tuple(member.counts))
+    requests = {
+        node: (MomentsRequest(agreement=session.agreement, counts=tuple(member.counts)), {})
         for node, member in session.members.items()
-    })  # fmt: skip
-    sums, reasons = _screen(session, answers)
-    for site, reason in reasons.items():
-        session.progress.warn(f"moments: {site} left out: {reason}", site=site)
-    session.require(len(sums), reasons, "moments")
-    counts = np.sum([np.maximum(m.counts, 1.0) for m in session.members.values() if m.site in sums], axis=0)
-    total = {name: np.sum([part[name] for part in sums.values()], axis=0) for name in next(iter(sums.values()))}
+    }
+    collected = session.ask("moments", requests, MomentsReply, screen)
+    counts = np.sum([np.maximum(session.members[a.node].counts, 1.0) for a in collected.accepted], axis=0)
+    total = {name: np.sum([answer.arrays[name] for answer in collected.accepted], axis=0) for name in shapes}
     return Prior.fit(
-        space_of(study), total["means"], total["squares"], total["energies"], total["norm"], counts,
-        noise_std=math.sqrt(len(sums)) * plan.noise_multiplier * plan.sensitivity,
+        space_of(study), total["means"], total["second_moments"], total["band_power"], total["norm"], counts,
+        noise_std=math.sqrt(len(collected.accepted)) * plan.noise_std,
     )  # fmt: skip
 
 
-def _screen(session: Session, answers: Answers) -> tuple[dict[str, Arrays], dict[str, str]]:
-    """(sums by site, reasons by left-out site)."""
-    study = session.agreement.study
-    space = space_of(study)
-    classes = len(study.data.classes)
-    expected = {
-        "means": (classes, space.dimension), "squares": (space.packed,), "energies": (classes, space.band_count),
-        "norm": (1,),
+def _shapes(study: Study) -> Shapes:
+    space, classes = space_of(study), len(study.data.classes)
+    return {
+        "means": (classes, space.dimension), "second_moments": (space.packed,),
+        "band_power": (classes, space.band_count), "norm": (1,),
     }  # fmt: skip
-    sums: dict[str, Arrays] = {}
-    reasons = session.excuses(answers)
-    for node, reply in sorted(answers.replies.items()):
-        member = session.members[node]
-        try:
-            if not isinstance(reply, MomentsReply) or reply.site != member.site:
-                raise ReplyError("an answer to another question", where="reply")
-            screen_arrays(reply.arrays, expected=expected, dtype="float64")
-        except ReplyError as error:
-            reasons[member.site] = error.what
-            member.open_question = True
-            continue
-        member.note(reply.spent)
-        sums[member.site] = reply.arrays
-    return sums, reasons

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from common.accounting import epsilon_of
-from common.claims import Claim, MechanismClaim, SiteClaim
+from common.claims import Claim, SiteClaim
 from common.files import write_json
 from common.images import ImageSet
+from common.mechanisms import PARTITIONS
 from common.metrics import Estimate, Figures, chance
 from server.checkpoints import Checkpoint
 from server.release.bundle import write_release
@@ -24,9 +25,9 @@ from server.session import Session
 
 UNPROTECTED = (
     "that a site took part, and in which rounds",
-    "that a site refused or failed, and why: also that its units, or those of a class, are fewer than its own minimum, "
-    "or that its data cannot be read",
-    "that a site which takes part has at least its own minimum of units",
+    "that a site's owner approved the study, and so judged its cohort large enough by a minimum of the site's own",
+    "that a site refused, and by which rule of policy, ledger or request: never because of a record; or that it could "
+    "not answer, which is also what is said when its images are not those that were approved, or cannot be read",
     "in a refusal for a site's own ceiling: what all studies there have cost so far",
     "how long answers took",
     "the study's settings, the number of rounds, and what the plan cost",
@@ -45,16 +46,16 @@ def release(
     import numpy as np
 
     session.progress.stage("release", "writing the report and the synthetic set")
-    study, members = session.agreement.study, sorted(session.members.values(), key=lambda m: m.site)
+    study, members = session.agreement.study, sorted(session.members.values(), key=lambda m: m.name)
     claim = claim_of(session)
     rows = [ValidationRow(_NAMES[name], f.auc_macro, f.f1_macro, f) for name, f in merged.items()]
     guess = chance(len(study.data.classes), np.asarray(prevalence))
     rows.append(ValidationRow("chance", _exactly(guess.auc), _exactly(guess.f1_macro)))
     sites = [
         SiteRow(
-            m.site, m.counts, sum(m.site in row.accepted for row in state.rows),
-            sum(m.site in row.rejected for row in state.rows),
-            by_site[m.site]["synthetic"].auc_macro if m.site in by_site else None,
+            m.name, m.counts, sum(m.name in row.accepted for row in state.rows),
+            sum(m.name in row.rejected for row in state.rows),
+            by_site[m.name]["synthetic"].auc_macro if m.name in by_site else None,
         )
         for m in members
     ]  # fmt: skip
@@ -87,31 +88,24 @@ def claim_of(session: Session) -> Claim:
     this run and is not there now.
     """
     study, plan = session.agreement.study, session.agreement.plan
-    privacy, members = study.privacy, session.members.values()
-
-    def planned(partition: str) -> float:
-        losses = plan.losses("train" if partition == "train" else "holdout")
-        return epsilon_of(losses, delta=privacy.delta, accountant=privacy.accountant)
-
-    whole = {"epsilon_train": planned("train"), "epsilon_holdout": planned("holdout"), "basis": "plan"}
+    whole = {
+        f"epsilon_{partition}": epsilon_of(
+            plan.losses(partition), delta=study.privacy.delta, accountant=study.privacy.accountant
+        )
+        for partition in PARTITIONS
+    }
     enrolled, events = session.folder.result("enrol") or {}, session.folder.events()
+    reported = {m.name: m.spent for m in session.members.values() if not m.open_question}
     sites = [
-        SiteClaim(m.site, **whole) if m.open_question else SiteClaim(m.site, m.spent.train, m.spent.holdout, "ledger")
-        for m in members
+        SiteClaim(site=site, epsilon_train=reported[site].train, epsilon_holdout=reported[site].holdout, basis="ledger")
+        if site in reported else SiteClaim(site=site, basis="plan", **whole)
+        for site in sorted(enrolled)
     ]  # fmt: skip
-    sites += [SiteClaim(site, **whole) for site in enrolled if site not in {m.site for m in members}]
-    return Claim(
-        study=study.study.name, study_sha256=study.sha256, unit=privacy.unit, delta=privacy.delta,
-        epsilon_ceiling=privacy.epsilon, accountant=privacy.accountant, trust_model=privacy.trust,
-        phantoms=bool(enrolled) and all(entry["phantoms"] for entry in enrolled.values()),
+    return Claim.of(
+        study, plan, sites=sites, phantoms=bool(enrolled) and all(entry["phantoms"] for entry in enrolled.values()),
         random_source="; ".join(sorted({entry["random_source"] for entry in enrolled.values()})),
-        mechanisms=tuple(
-            MechanismClaim(p.name, p.partition, p.noise_multiplier, p.sample_rate, p.steps * p.releases, p.sensitivity)
-            for p in plan.mechanisms
-        ),
-        sites=tuple(sorted(sites, key=lambda claim: claim.site)), unprotected=UNPROTECTED, libraries=_libraries(),
-        begun=_date(events, event="begin"), ended=_date(events, event="stage", stage="release"),
-        public_sha256=(study.pretrain.sha256 or "") if study.training.rounds else "",
+        unprotected=UNPROTECTED, libraries=_libraries(), begun=_date(events, event="begin"),
+        ended=_date(events, event="stage", stage="release"),
     )  # fmt: skip
 
 

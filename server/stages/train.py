@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
-from common.accounting import MechanismPlan
 from common.errors import ReplyError
-from common.messages import Arrays, TrainReply, TrainRequest
+from common.loss_curve import mean_loss
 from common.model.diffusion_model import initial_weights, load_model
+from common.model.weights import LARGEST_WEIGHT
 from common.optimizer import Adam, largest_update_norm
-from common.study import Study
+from common.protocol import Arrays, TrainReply, TrainRequest
 from server.checkpoints import Checkpoint, RoundRow
-from server.federation.aggregation import apply, average, mean_gradient, moving_average
-from server.federation.screening import largest_sum_norm, screen_update
-from server.federation.sites import Answers
+from server.federation.aggregation import average, mean_gradient, moved, moving_average, within
+from server.federation.collect import Collected
+from server.federation.screening import largest_sum_norm, most_drawn, most_units, screen_arrays, screen_norm
 from server.session import Session
 
 
@@ -56,110 +57,125 @@ def train(session: Session) -> Checkpoint:
 def _one_round(session: Session, state: Checkpoint) -> Checkpoint | None:
     """One round, or None when the sites' budgets are used up."""
     study, number, began = session.agreement.study, state.round + 1, time.monotonic()
+    batches = {node: study.training.sample_rate * member.weight for node, member in session.members.items()}
     requests = {
-        node: TrainRequest(
-            agreement=session.agreement, round=number, arrays=state.weights,
-            expected_batch=study.training.sample_rate * member.weight,
-        )
-        for node, member in session.members.items()
-    }  # fmt: skip
-    answers = session.group.ask(requests)
-    batches = {session.members[node].site: request.expected_batch for node, request in requests.items()}
-    updates, losses, reasons = _screen(session, answers, state.weights, number, batches)
-    for site, reason in reasons.items():
-        session.progress.warn(f"round {number}: {site} left out: {reason}", site=site, round=number)
-    exhausted = [r for r in answers.refusals.values() if r.kind == "BudgetError"]
-    if len(updates) < study.federation.min_sites and exhausted:
-        session.progress.warn(f"training ends after round {state.round}: the budget of {len(exhausted)} sites is used")
+        node: (TrainRequest(agreement=session.agreement, round=number, expected_batch=batch), state.weights)
+        for node, batch in batches.items()
+    }
+    door = _Door(session, state.weights, number)
+    collected = session.ask(f"round {number}", requests, TrainReply, door.screen, may_run_out=True)
+    if len(collected.accepted) < study.federation.min_sites:
+        used = len(collected.exhausted)
+        session.progress.warn(f"training ends after round {state.round}: the budget of {used} sites is used")
         return None
-    session.require(len(updates), reasons, "train")
-    weights_by_site = {member.site: member.weight for member in session.members.values()}
-    total = sum(weights_by_site[site] for site in updates)
-    if study.training.step == "summed":
-        weights, optimizer = _summed_step(
-            session,
-            state,
-            mean_gradient(updates, batches),
-            noise_std=_noise_std(session, [batches[s] for s in updates]),
-        )
-    else:
-        weights, optimizer = apply(state.weights, average(updates, weights_by_site)), {}
+    losses = _losses(session, collected, batches)
+    weights, optimizer = _stepped(session, state, collected, batches)
     steps = study.training.local_steps
     row = RoundRow(
-        round=number,
-        loss=sum(losses[site] * weights_by_site[site] for site in losses) / total,
-        epsilon={m.site: round(m.spent.train, 4) for m in session.members.values()},
-        accepted=sorted(updates), rejected=reasons, seconds=round(time.monotonic() - began, 2),
+        round=number, loss=losses,
+        epsilon={member.name: round(member.spent.train, 4) for member in session.members.values()},
+        accepted=sorted(collected.arrays), rejected=collected.reasons, seconds=round(time.monotonic() - began, 2),
     )  # fmt: skip
     ema = moving_average(state.ema, weights, decay=study.training.ema_decay, steps=steps, step=number * steps)
-    draws = total * study.training.sample_rate * steps * study.diffusion.noise_multiplicity
-    session.progress.step(
-        "train", number, study.training.rounds,
-        f"loss {row.loss:.3f} (noisy)  epsilon "
-        + " ".join(f"{site} {spent:.2f}" for site, spent in row.epsilon.items())
-        + f"  {draws / max(row.seconds, 1e-3):.0f} images/s",
-        round=number, loss=row.loss, epsilon=row.epsilon, seconds=row.seconds,
-        images_per_second=round(draws / max(row.seconds, 1e-3), 1), accepted=row.accepted, rejected=row.rejected,
-    )  # fmt: skip
+    _tell(session, row, draws=sum(batches[a.node] for a in collected.accepted) * steps)
     return Checkpoint(number, weights, ema, [*state.rows, row], optimizer)
 
 
-def _noise_std(session: Session, batches: list[float]) -> float:
-    """Standard deviation of the noise in each number of the sites' common gradient."""
-    plan = session.agreement.plan.train
-    assert plan is not None
-    return plan.noise_multiplier * plan.sensitivity * math.sqrt(len(batches)) / sum(batches)
+def _losses(session: Session, collected: Collected, batches: dict[int, float]) -> float:
+    """Noisy mean loss over the records of the sites that answered; takes the losses out of their arrays."""
+    plan, total, loss = session.agreement.plan["train"], 0.0, 0.0
+    for answer in collected.accepted:
+        batch = batches[answer.node]
+        noisy_sum = float(answer.arrays.pop("loss")[0])
+        own = mean_loss(noisy_sum, max_grad_norm=plan.sensitivity, expected_batch=batch, steps=plan.steps)
+        total, loss = total + batch, loss + own * batch
+    return loss / total
 
 
-def _summed_step(session: Session, state: Checkpoint, gradient: Arrays, *, noise_std: float) -> tuple[Arrays, Arrays]:
-    """(weights, optimizer's state) after one step of Adam on the sites' common gradient; post-processing."""
+def _stepped(
+    session: Session, state: Checkpoint, collected: Collected, batches: dict[int, float]
+) -> tuple[Arrays, Arrays]:
+    """(weights, optimizer's state) after the round; post-processing. No weight leaves what a site takes on arrival."""
     training = session.agreement.study.training
-    trained = {name: torch.from_numpy(state.weights[name].copy()) for name in gradient}
-    adam = Adam(
-        trained, learning_rate=training.learning_rate,
-        noise_std=noise_std if training.second_moment == "corrected" else 0.0,
-    )  # fmt: skip
+    expected = {answer.site.name: batches[answer.node] for answer in collected.accepted}
+    if training.algorithm == "fedsgd":
+        gradient = mean_gradient(collected.arrays, expected)
+        changed, optimizer = _adam_step(state, gradient, learning_rate=training.learning_rate)
+    else:
+        changed, optimizer = moved(state.weights, average(collected.arrays, expected)), {}
+    return {**state.weights, **within(changed, LARGEST_WEIGHT)}, optimizer
+
+
+def _adam_step(state: Checkpoint, gradient: Arrays, *, learning_rate: float) -> tuple[Arrays, Arrays]:
+    """(changed weights, optimizer's state) after one step of Adam on the sites' common gradient."""
+    changed = {name: torch.from_numpy(state.weights[name].copy()) for name in gradient}
+    adam = Adam(changed, learning_rate=learning_rate)
     if state.optimizer:
         adam.load(state.optimizer)
     adam.step({name: torch.from_numpy(part) for name, part in gradient.items()})
-    return {**state.weights, **{name: tensor.numpy() for name, tensor in trained.items()}}, adam.state()
+    return {name: tensor.numpy() for name, tensor in changed.items()}, adam.state()
 
 
-def _largest_norm(study: Study, plan: MechanismPlan, parameters: int, expected_batch: float) -> float:
-    """L2 bound of an honest answer: what the optimizer can move, or what records and noise can add up to."""
-    if study.training.max_update_norm is not None:
-        return study.training.max_update_norm
-    if study.training.step == "summed":
-        return largest_sum_norm(
-            records=expected_batch, max_grad_norm=plan.sensitivity,
-            noise_std=plan.noise_multiplier * plan.sensitivity, numbers=parameters,
-        )  # fmt: skip
-    return largest_update_norm(parameters=parameters, steps=plan.steps, learning_rate=study.training.learning_rate)
+@dataclass(frozen=True)
+class _Bounds:
+    """L2 bounds of an honest site's answer."""
+
+    update: float
+    loss: float
 
 
-def _screen(
-    session: Session, answers: Answers, weights: Arrays, number: int, batches: dict[str, float]
-) -> tuple[dict[str, Arrays], dict[str, float], dict[str, str]]:
-    """(updates by site, losses by site, reasons by left-out site)."""
-    study, plan = session.agreement.study, session.agreement.plan.train
-    assert plan is not None
-    trained = load_model(study, weights).train_only(study.training.parameters)
-    shapes = {name: weights[name].shape for name in trained}
-    parameters = sum(weights[name].size for name in trained)
-    updates: dict[str, Arrays] = {}
-    losses: dict[str, float] = {}
-    reasons = session.excuses(answers)
-    for node, reply in sorted(answers.replies.items()):
-        member = session.members[node]
-        try:
-            if not isinstance(reply, TrainReply) or reply.site != member.site or reply.round != number:
-                raise ReplyError("an answer to another question", where="reply")
-            bound = _largest_norm(study, plan, parameters, batches[member.site])
-            screen_update(reply.arrays, expected=shapes, largest_norm=bound, loss=reply.loss)
-        except ReplyError as error:
-            reasons[member.site] = error.what
-            member.open_question = True
-            continue
-        member.note(reply.spent)
-        updates[member.site], losses[member.site] = reply.arrays, reply.loss
-    return updates, losses, reasons
+class _Door:
+    """Screens the answers of one round."""
+
+    def __init__(self, session: Session, weights: Arrays, number: int) -> None:
+        self._session, self._number = session, number
+        trained = load_model(session.agreement.study, weights).set_trainable(
+            session.agreement.study.training.parameters
+        )
+        self._shapes = {name: weights[name].shape for name in trained}
+        self._parameters = sum(weights[name].size for name in trained)
+
+    def screen(self, node: int, body: TrainReply, arrays: Arrays) -> None:
+        """Check one answer.
+
+        Raises:
+            ReplyError: what is wrong with it.
+        """
+        if body.round != self._number:
+            raise ReplyError(f"an answer to another question (round {body.round})", where="reply")
+        screen_arrays(arrays, expected={**self._shapes, "loss": (1,)}, dtype="float32")
+        bounds = self._bounds(node)
+        update = {name: array for name, array in arrays.items() if name != "loss"}
+        screen_norm(update, largest=bounds.update, what="update")
+        screen_norm({"loss": arrays["loss"]}, largest=bounds.loss, what="loss")
+
+    def _bounds(self, node: int) -> _Bounds:
+        """What the optimizer can move, or what records and noise can add up to."""
+        plan, study = self._session.agreement.plan, self._session.agreement.study
+        train, counts = plan["train"], self._session.members[node].counts
+        drawn = most_drawn(most_units(counts, plan["counts"].noise_std), train.sample_rate)
+
+        def sums(steps: int, numbers: int) -> float:
+            return largest_sum_norm(
+                units=drawn * steps, sensitivity=train.sensitivity, noise_std=train.noise_std * math.sqrt(steps),
+                numbers=numbers,
+            )  # fmt: skip
+
+        if study.training.algorithm == "fedsgd":
+            update = sums(1, self._parameters)
+        else:
+            rate = study.training.learning_rate
+            update = largest_update_norm(parameters=self._parameters, steps=train.steps, learning_rate=rate)
+        return _Bounds(min(update, study.training.max_update_norm or math.inf), sums(train.steps, 1))
+
+
+def _tell(session: Session, row: RoundRow, *, draws: float) -> None:
+    study = session.agreement.study
+    pace = draws * study.diffusion.noise_multiplicity / max(row.seconds, 1e-3)
+    spent = " ".join(f"{site} {epsilon:.2f}" for site, epsilon in row.epsilon.items())
+    session.progress.step(
+        "train", row.round, study.training.rounds,
+        f"loss {row.loss:.3f} (noisy)  epsilon {spent}  {pace:.0f} images/s",
+        round=row.round, loss=row.loss, epsilon=row.epsilon, seconds=row.seconds, images_per_second=round(pace, 1),
+        accepted=row.accepted, rejected=row.rejected,
+    )  # fmt: skip

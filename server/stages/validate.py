@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import ReplyError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet
-from common.messages import Arrays, ValidateReply, ValidateRequest
-from common.metrics import Figures, ScoreCounts, figures
+from common.metrics import Figures, ScoreCounts, figures, vector_length
 from common.model.classifier import BiomarkerClassifier
-from server.federation.screening import screen_arrays
+from common.protocol import Arrays, ValidateReply, ValidateRequest
+from server.federation.screening import LARGEST_COUNT, largest_sum_norm, screen_arrays, screen_norm
 from server.session import Session
 
 
@@ -35,45 +34,38 @@ def validate(session: Session, synthetic: ImageSet) -> Validation:
     Raises:
         FederationError: fewer usable answers than federation.min_sites.
     """
-    study, plan = session.agreement.study, session.agreement.plan
-    state = _classifier(session, synthetic)
+    study, plan = session.agreement.study, session.agreement.plan["evaluate"]
+    state, shapes = _classifier(session, synthetic), _shapes(session)
     session.progress.stage("validate", "testing on held-out real images at the sites")
+
+    def screen(_node: int, _body: ValidateReply, arrays: Arrays) -> None:
+        # The reference is missing where its budget went in a run that was killed.
+        expected = {name: shape for name, shape in shapes.items() if name in arrays or name == "synthetic"}
+        screen_arrays(arrays, expected=expected, dtype="float64")
+        largest = largest_sum_norm(
+            units=LARGEST_COUNT, sensitivity=plan.sensitivity, noise_std=plan.noise_std,
+            numbers=sum(math.prod(shape) for shape in shapes.values()),
+        )  # fmt: skip
+        screen_norm(arrays, largest=largest, what="counts")
+
     requests = {
-        node: ValidateRequest(
-            agreement=session.agreement, arrays=state,
-            expected_reference_batch=study.validation.reference_sample_rate * member.weight,
+        node: (
+            ValidateRequest(
+                agreement=session.agreement,
+                expected_reference_batch=study.validation.reference_sample_rate * member.weight,
+            ),
+            state,
         )
         for node, member in session.members.items()
-    }  # fmt: skip
-    answers = session.group.ask(requests)
-    reasons = session.excuses(answers)
-    vectors: dict[str, Arrays] = {}
-    for node, reply in sorted(answers.replies.items()):
-        member = session.members[node]
-        try:
-            if not isinstance(reply, ValidateReply) or reply.site != member.site:
-                raise ReplyError("an answer to another question", where="reply")
-            expected = _shapes(session)
-            if "reference" not in reply.arrays:  # its budget went in a run that was killed
-                expected.pop("reference", None)
-            screen_arrays(reply.arrays, expected=expected, dtype="float64")
-        except ReplyError as error:
-            reasons[member.site] = error.what
-            member.open_question = True
-            continue
-        member.note(reply.spent)
-        vectors[member.site] = reply.arrays
-    for site, reason in reasons.items():
-        session.progress.warn(f"validation: {site} left out: {reason}", site=site)
-    session.require(len(vectors), reasons, "validate")
-    return _merge(session, vectors, plan.evaluate.noise_multiplier * plan.evaluate.sensitivity)
+    }
+    collected = session.ask("validate", requests, ValidateReply, screen)
+    return _merge(session, collected.arrays, plan.noise_std)
 
 
 def _shapes(session: Session) -> dict[str, tuple[int, ...]]:
     study = session.agreement.study
-    classes, bins = len(study.data.classes), study.validation.bins
-    size = (2 * classes * bins + classes * classes,)
-    names = ["synthetic"] if session.agreement.plan.reference is None else ["synthetic", "reference"]
+    size = (vector_length(len(study.data.classes), study.validation.bins),)
+    names = ["synthetic"] if session.agreement.plan.get("reference") is None else ["synthetic", "reference"]
     return dict.fromkeys(names, size)
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.errors import CheckpointError
 from common.files import atomic_write
 from common.images import ImageSet, to_uint8
-from common.messages import Arrays
 from common.model.diffusion import NoiseSchedule
 from common.model.diffusion_model import cooled, load_model
 from common.model.samplers import sample
+from common.protocol import Arrays
 from common.study import Study
 
 
@@ -46,7 +45,7 @@ def generate(
     study: Study, weights: Arrays, labels: NDArray[np.int64], folder: Path, *,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ImageSet:  # fmt: skip
-    """Sample one image a label.
+    """Sample one image for each label.
 
     Each batch has its own seed and its own file in `folder`, so a stop loses at most one batch, and a resumed run
     gives the same set as an unbroken one.
@@ -87,24 +86,6 @@ def generate(
         parts.append(part)
         if on_batch is not None:
             on_batch(min(start + size, len(labels)), len(labels))
-    return ImageSet(np.concatenate(parts), labels)
-
-
-def load_generated(folder: Path, labels: NDArray[np.int64], study: Study) -> ImageSet:
-    """The set that `generate` has finished before.
-
-    Raises:
-        CheckpointError: a batch is missing or damaged.
-    """
-    shape = (study.data.channels, study.data.image_size, study.data.image_size)
-    size = study.generation.batch_size
-    parts = []
-    for number, start in enumerate(range(0, len(labels), size)):
-        file = folder / f"batch-{number:05d}.npz"
-        part = _kept(file, labels[start : start + size], shape)
-        if part is None:
-            raise CheckpointError("missing or damaged", where=str(file), remedy="Delete state.json's 'generate' entry.")
-        parts.append(part)
     return ImageSet(np.concatenate(parts), labels)
 
 

@@ -19,11 +19,11 @@ import torch
 from common.errors import SynthwardError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet, Units, to_unit
-from common.messages import Arrays
 from common.model.diffusion import DiffusionLoss, NoiseSchedule
 from common.model.diffusion_model import initial_weights, load_model, space_of, with_prior
 from common.moments import class_means, class_sums, spread_sums
 from common.prior import Prior
+from common.protocol import Arrays
 from common.study import Study
 from server.synthesis.public_set import public_images
 
@@ -75,7 +75,8 @@ def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] 
 def exact_prior(study: Study, images: ImageSet) -> Prior:
     """The Gaussian of public images, without noise."""
     space, units, classes = space_of(study), Units.of(images, "image"), len(study.data.classes)
-    sums = class_sums(units, classes, space)
+    sums = class_sums(units, classes, space).parts["means"].numpy()
     counts = np.bincount(images.labels, minlength=classes).astype(np.float64)
-    spread = spread_sums(units, class_means(sums, counts, space, noise_std=0.0), space)
-    return Prior.fit(space, sums, spread["squares"], spread["energies"], spread["norm"], counts, noise_std=0.0)
+    spread = spread_sums(units, class_means(sums, counts, space, noise_std=0.0), space).parts
+    second_moments, power, norm = (spread[name].numpy() for name in ("second_moments", "band_power", "norm"))
+    return Prior.fit(space, sums, second_moments, power, norm, counts, noise_std=0.0)

@@ -37,7 +37,8 @@ def public_images(study: Study) -> ImageSet:
     config = study.pretrain
     if config.source == "phantoms":
         return public_phantoms(study.study.modality, study.data, config.images, seed=study.study.seed)
-    assert config.path is not None  # the study's own check
+    if config.path is None:  # no part of what is agreed: only the coordinator has one
+        raise DataError("missing", where="pretrain.path", remedy="Give the path of the public set on this machine.")
     path = Path(config.path).expanduser()
     with opened(path) as archive:
         found = sha256_file(path)

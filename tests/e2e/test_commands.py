@@ -41,7 +41,7 @@ def study(tmp_path):
 
 
 def _assert_one_line(result, *, code, words):
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("tiny: solving")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("tiny: trying")]
     assert result.returncode == code, result.stderr
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
@@ -101,6 +101,22 @@ def test_bad_data_gives_one_line_and_nothing_is_made_or_spent(study, tmp_path, k
         (["run", "nowhere.toml"], ["nowhere.toml"]),
         (["run", "tiny.toml", "--set", "training.round=2"], ["training.round", "Did you mean 'rounds'?"]),
         (["run", "tiny.toml", "--set", "privacy.epsilon=0.01"], ["privacy.epsilon", "least possible"]),
+        (["run", "tiny.toml", "--set", "validation.backbone=efficientnet_b_0"], ["validation.backbone"]),
+        (["run", "tiny.toml", "--dry-run", "--set", "validation.backbone=efficientnet_b_0"], ["validation.backbone"]),
+        (["run", "tiny.toml", "--set", "federation.min_sites=4"], ["federation.min_sites", "3 simulated"]),
+        (
+            [
+                "run",
+                "tiny.toml",
+                "--set",
+                "pretrain.source=npz",
+                "--set",
+                f"pretrain.sha256={'0' * 64}",
+                "--set",
+                "pretrain.path=nowhere.npz",
+            ],
+            ["nowhere.npz", "no such file"],
+        ),
         (["run", "--resume", "nowhere"], ["nowhere", "not a run folder"]),
         (["run", "tiny.toml", "--resume", "x"], ["--resume"]),
         (["run"], ["no study file"]),
@@ -119,7 +135,9 @@ def test_a_mistake_on_the_command_line_gives_one_line(study, tmp_path, arguments
 def test_a_dry_run_prints_the_plan_and_spends_nothing(study, tmp_path):
     result = _synthward("run", study, "--dry-run", "--out", tmp_path / "runs", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for word in ("noise_multiplier", "counts", "train", "evaluate", "parameters", "MB a site", "site-3", "min on this"):
+    words = ("noise_multiplier", "counts", "train", "evaluate", "parameters", "MB per site", "site-3", "min on this",
+             "its study cannot change", "federation.timeout_seconds, pretrain.path")  # fmt: skip
+    for word in words:
         assert word in result.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -155,6 +173,7 @@ def test_a_study_runs_under_flowers_engine_to_a_verified_release(study, tmp_path
     assert set(metrics["epsilon"]["sites"]) == {"site-1", "site-2", "site-3"}
     assert 0 < metrics["epsilon"]["max"] <= 8
     assert (run / "sites" / "site-1" / "ledger.sqlite").is_file()
+    assert json.loads((run / "sites" / "site-2.registry.json").read_text())[0]["site"] == "site-2"
 
 
 @pytest.mark.slow

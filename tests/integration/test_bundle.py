@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from common.study import load_study
+from common.study_file import load_study
 from support.paths import REPOSITORY
 
 MAX_BYTES = 1_000_000

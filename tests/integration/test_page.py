@@ -8,32 +8,30 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from contextlib import closing
 
 import pytest
 
 from client.page import render, server
-from client.privacy.ledger import Ledger
-from common.messages import EnrolRequest, encode
+from client.privacy.ledger import Ceiling, Ledger
+from common.accounting import plan_study
 from support.sites import open_phantom_site
-from support.studies import agreement, tiny_study
+from support.studies import tiny_study
 
 STUDY = tiny_study()
 
 
+WIDE = Ceiling(100.0, 1e-5, "rdp")
+
+
 @pytest.fixture
 def site(tmp_path):
-    """A site file whose ledger holds an approval, two answers and a hostile refusal."""
-    from client.privacy.gate import Gate
-    from client.stages.enrol import enrol
-
-    site = open_phantom_site(tmp_path, STUDY)
-    request = EnrolRequest(agreement())
-    gate: Gate = site.gate(request.agreement, encode(request).hex()[:64])
-    gate.ledger.note("approved", STUDY.sha256, by="Dr. A. Example", name="tiny")
-    enrol(site, gate, request)
-    gate.ledger.note("refused", "cc" * 32, name="<script>alert(1)</script>", rule="policy.max_epsilon",
-                     what='"><img src=x onerror=alert(2)>')  # fmt: skip
-    gate.ledger.close()
+    """A site file whose ledger holds an approval, an answer and a hostile refusal."""
+    opened = open_phantom_site(tmp_path, STUDY)
+    with closing(Ledger.open(opened.state)) as ledger:
+        counts = plan_study(STUDY)["counts"]
+        ledger.confirm(*ledger.reserve(counts, study=STUDY.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE))
+        ledger.refused(STUDY, rule="<script>alert(1)</script>", what='"><img src=x onerror=alert(2)>')
     return tmp_path / "site-1.toml"
 
 
@@ -61,9 +59,9 @@ def test_it_shows_what_was_asked_allowed_refused_and_spent(ask, site):
     status, text, headers = ask()
     assert status == 200
     assert "default-src 'none'" in headers["Content-Security-Policy"]
-    ledger = Ledger(site.parent / "site-1" / "ledger.sqlite")
+    ledger = Ledger.open(site.parent / "site-1")
     spent = ledger.spent(delta=1e-5, accountant="rdp")["train"]
-    for words in (f"{spent:.2f}", "approved by Dr. A. Example", "Refused 1 times", "policy.max_epsilon",
+    for words in (f"{spent:.2f}", f"{10 - spent:.2f}", "approved by Dr. T. Test", "Refused 1 times", "single images",
                   ledger.head()[1], "counts", "Policy in force"):  # fmt: skip
         assert words in text, words
 
@@ -95,11 +93,19 @@ def test_a_damaged_ledger_is_shown_in_words(site):
     assert "Policy in force" in text
 
 
+def test_a_lost_ledger_is_shown_in_words_and_not_begun_anew(site):
+    (site.parent / "site-1" / "ledger.sqlite").unlink()
+    text = render([site])
+    assert "the ledger is gone" in text
+    assert "Restore the whole state folder" in text
+    assert not (site.parent / "site-1" / "ledger.sqlite").exists()
+
+
 def test_reading_writes_nothing(site):
     state = site.parent / "site-1"
-    before = Ledger(state / "ledger.sqlite").head(), (state / "ledger.head").read_bytes()
+    before = Ledger.open(state).head(), (state / "ledger.head").read_bytes()
     render([site])
-    assert (Ledger(state / "ledger.sqlite").head(), (state / "ledger.head").read_bytes()) == before
+    assert (Ledger.open(state).head(), (state / "ledger.head").read_bytes()) == before
 
 
 def test_a_browser_shows_it(site, tmp_path):

@@ -11,8 +11,16 @@ from scipy import stats
 
 from client.privacy.mechanism import gaussian_release
 from client.privacy.randomness import DRAWS, NoiseSource
+from common.bounded import BoundedSum, RunningSum
 
 COUNT = 40_000
+
+
+def _sum(bound: float = 0.1, **rows: torch.Tensor) -> BoundedSum:
+    """A sum of one row; zeros are zeros under any bound."""
+    running = RunningSum({name: tuple(row.shape) for name, row in rows.items()}, bound)
+    running.add({name: row[None] for name, row in rows.items()})
+    return running.total()
 
 
 def _std_is(sample, expected):
@@ -25,9 +33,9 @@ def _std_is(sample, expected):
 @pytest.mark.parametrize("scale", [2 / 3, 1.0, 3 / 2])
 def test_noise_has_the_standard_deviation_sigma_times_sensitivity_and_the_test_can_fail(scale):
     out = gaussian_release(
-        {"a": torch.zeros(COUNT // 2), "b": torch.zeros(2, COUNT // 4)},
+        _sum(a=torch.zeros(COUNT // 2), b=torch.zeros(2, COUNT // 4)),
         noise_multiplier=1.7 * scale, sensitivity=0.4, source=NoiseSource(seed=5),
-    )  # fmt: skip
+    ).tensors  # fmt: skip
     sample = torch.cat([out["a"], out["b"].flatten()]).numpy()
     assert _std_is(sample, 1.7 * 0.4) == (scale == 1.0)
 
@@ -173,8 +181,9 @@ def test_the_largest_number_is_26_7_and_a_draw_ends_where_a_mass_of_2_to_the_min
 
 
 def test_what_is_released_has_no_bits_below_a_millionth_of_the_noise():
-    total = {"a": torch.rand(5000, generator=torch.Generator().manual_seed(1)) / 3}
-    out = gaussian_release(total, noise_multiplier=1.3, sensitivity=0.7, source=NoiseSource(seed=5))["a"].numpy()
+    total = _sum(0.7, a=torch.rand(5000, generator=torch.Generator().manual_seed(1)) / 3)
+    noisy = gaussian_release(total, noise_multiplier=1.3, sensitivity=0.7, source=NoiseSource(seed=5))
+    out = noisy.tensors["a"].numpy()
     grid = 2.0 ** (math.floor(math.log2(1.3 * 0.7)) - 20)
     assert np.array_equal(out, np.round(out / grid) * grid)
     assert 0.5e-6 < grid / (1.3 * 0.7) < 1e-6
@@ -202,4 +211,21 @@ def test_poisson_sampling_takes_each_record_with_the_sample_rate():
 def test_no_release_without_noise(bad):
     settings = {"noise_multiplier": 1.0, "sensitivity": 1.0, **bad}
     with pytest.raises(ValueError, match="positive"):
-        gaussian_release({"a": torch.zeros(3)}, **settings, source=NoiseSource(1))
+        gaussian_release(_sum(a=torch.zeros(3)), **settings, source=NoiseSource(1))
+
+
+def test_a_sum_whose_bound_is_over_the_sensitivity_gets_no_noise_that_would_be_too_little():
+    for bound, fits in ((0.999, True), (1.0, True), (1.001, False)):
+        total = _sum(bound, a=torch.zeros(3))
+        if fits:
+            gaussian_release(total, noise_multiplier=1.0, sensitivity=1.0, source=NoiseSource(1))
+        else:
+            with pytest.raises(ValueError, match="bound"):
+                gaussian_release(total, noise_multiplier=1.0, sensitivity=1.0, source=NoiseSource(1))
+
+
+def test_a_part_of_a_release_has_the_noise_of_the_whole():
+    """Its bound is a tenth of the sensitivity; its noise is not."""
+    total = _sum(0.1, a=torch.zeros(COUNT))
+    out = gaussian_release(total, noise_multiplier=2.0, sensitivity=1.0, source=NoiseSource(seed=6))
+    assert _std_is(out.tensors["a"].numpy(), 2.0)

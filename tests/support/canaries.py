@@ -19,23 +19,26 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
 
-import client.privacy.gate as gate_module
 import client.stages.train as train_module
+from client.privacy.fingerprints import Fingerprints
 from client.privacy.gate import Gate
+from client.privacy.gradients import PrivateGradients
 from client.privacy.ledger import Ledger
-from client.privacy.policy import Cohort, SitePolicy
+from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
 from client.site import Performance
-from common.accounting import LOSS_SHARE, MechanismPlan, epsilon_of
+from common.accounting import MechanismPlan, epsilon_of
 from common.auditing import epsilon_lower_bound, p_value
 from common.images import ImageSet, Units
-from common.messages import Agreement
+from common.loss_curve import LOSS_SHARE
 from common.model.swin_unet import SwinUNet
+from common.protocol import Agreement, SiteFacts
 from common.study import Study
 from support.studies import agreement, tiny_study
 
@@ -135,50 +138,60 @@ def needed(case: Case) -> int:
 
 def _scores(folder: Path, case: Case, inside: np.ndarray, seed: int) -> np.ndarray:
     """What was released in each canary's direction, summed over the steps, in units of the clipping norm."""
-    agreed = case.agreed
-    plan, ledger = training_plan(agreed), Ledger(folder / "ledger.sqlite")
+    agreed, plan = case.agreed, training_plan(case.agreed)
+    ledger = Ledger.create(folder / f"state-{seed}")
+    data = Fingerprints.of(ledger.key, _records(inside, 1), _nobody())
+    ledger.approve(agreed.study, agreed.plan, data, by="Dr. Test")
     gate = Gate(
-        agreement=agreed, request="audit", policy=SitePolicy(require_approval=False), ledger=ledger,
-        source=NoiseSource(seed), cohort=Cohort(len(inside), len(inside)), replies=folder,
+        facts=SiteFacts(name="audit", phantoms=True, random_source="seeded"), agreement=agreed, request="audit",
+        policy=SitePolicy(), ledger=ledger, source=NoiseSource(seed), replies=folder,
     )  # fmt: skip
     total = np.zeros(case.canaries)
-    with gate.spend(plan) as permit:
+    with gate.spend("train") as permit:
         make, name = (_TableStep, "weight") if case.network == "table" else (_swin_step, "label.weight")
-        step = make(agreed, permit, inside, case.canaries)
+        step = make(agreed, inside, case.canaries)
         for _ in range(plan.steps):
-            rows = step.noisy_sum()[name][: case.canaries]
+            rows = step.noisy_sum(permit).tensors[name][: case.canaries]
             total += (rows.sum(dim=1) / math.sqrt(rows.shape[1])).numpy()  # along the unit vector (1, ..., 1)
         permit.done()
     ledger.close()
     return total / plan.sensitivity
 
 
+def _records(inside: np.ndarray, side: int) -> ImageSet:
+    """One image of noise for each canary that is in; its label is its number."""
+    images = np.random.default_rng(0).integers(0, 256, (len(inside), 1, side, side), np.uint8)
+    return ImageSet(images, inside.astype(np.int64))
+
+
+def _nobody() -> ImageSet:
+    return ImageSet(np.zeros((0, 1, 1, 1), np.uint8), np.zeros(0, np.int64))
+
+
 class _TableStep(train_module._Step):
     """The shipped step, over other records: record i has the gradient UNCLIPPED × e_i, whatever the weights."""
 
-    def __init__(self, agreed: Agreement, permit: gate_module.Permit, inside: np.ndarray, canaries: int) -> None:
-        records = ImageSet(np.zeros((len(inside), 1, 1, 1), np.uint8), inside.astype(np.int64))
-        self._units, self._draws, self._choice = Units.of(records, "image"), 1, np.random.default_rng(0)
+    def __init__(self, agreed: Agreement, inside: np.ndarray, canaries: int) -> None:
+        self._units, self._draws = Units.of(_records(inside, 1), "image"), 1
+        self._choice, self.expected_batch = np.random.default_rng(0), canaries / 2
         net = nn.Embedding(canaries, 1)
         nn.init.zeros_(net.weight)
-        self._net, self._permit = net, permit  # pyright: ignore[reportAttributeAccessIssue]
-        self._norm, self._physical, self.nonfinite = agreed.study.training.max_grad_norm, 4096, 0
+        self._gradients = PrivateGradients(
+            net, lambda net, _, y: UNCLIPPED * net(y).flatten(1).sum(dim=1), lambda x, y: (x, y),
+            max_grad_norm=agreed.study.training.max_grad_norm, physical_batch=128, loss_part=True,
+        )  # fmt: skip
 
-    def _per_record(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return UNCLIPPED * self._net(y).flatten(1).sum(dim=1)
 
-
-def _swin_step(agreed: Agreement, permit: gate_module.Permit, inside: np.ndarray, canaries: int) -> train_module._Step:
+def _swin_step(agreed: Agreement, inside: np.ndarray, canaries: int) -> train_module._Step:
     """The shipped step as a site makes it, over images of noise; only the limit on the number of classes is lifted."""
     data = agreed.study.data.model_copy(update={"classes": tuple(map(str, range(canaries)))})
     study = agreed.study.model_copy(update={"data": data})
-    images = np.random.default_rng(0).integers(0, 256, (len(inside), 1, data.image_size, data.image_size), np.uint8)
     site = SimpleNamespace(
-        train=Units.of(ImageSet(images, inside.astype(np.int64)), "image"),
-        config=SimpleNamespace(performance=Performance()),
+        train=Units.of(_records(inside, data.image_size), "image"), config=SimpleNamespace(performance=Performance())
     )
     rate = training_plan(agreed).sample_rate
-    step = train_module._Step(site, study, malicious_net(study), permit, rate * canaries / 2)  # pyright: ignore
+    with patch.object(train_module, "_physical_batch", return_value=64):  # found with a network of as many classes
+        step = train_module._Step(site, study, malicious_net(study), rate * canaries / 2)  # pyright: ignore
     step._generator.manual_seed(0)  # the draws of the loss do not move the scores; seeded all the same
     return step
 
@@ -202,5 +215,4 @@ def malicious_net(study: Study) -> SwinUNet:
 
 def training_plan(agreed: Agreement) -> MechanismPlan:
     """The plan of the training steps, which every case has."""
-    assert agreed.plan.train is not None
-    return agreed.plan.train
+    return agreed.plan["train"]

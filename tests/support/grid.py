@@ -2,7 +2,7 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-Sites can be silenced, made to crash, or have their replies tampered with, one line a test.
+Sites can be silenced, made to crash, or have their answers tampered with, one line per test.
 """
 
 from __future__ import annotations
@@ -20,10 +20,23 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app as client_app
 from client.service import serving
-from common.messages import Reply, decode_reply, encode
+from common.protocol import Answer, Arrays, decode_answer, decode_arrays, encode
 from common.wire import from_record, to_record
 
-Tamper = Callable[[Reply], Reply]
+Tamper = Callable[[bytes], bytes]
+
+
+def tampered(change: Callable[[Answer, Arrays], tuple[Answer, Arrays]], *, stage: str) -> Tamper:
+    """A tampering with the answers of one stage; others pass."""
+
+    def tamper(data: bytes) -> bytes:
+        answer, rest = decode_answer(data)
+        if answer.body.stage != stage:
+            return data
+        arrays = {name: array.copy() for name, array in decode_arrays(rest, "reply").items()}
+        return encode(*change(answer, arrays))
+
+    return tamper
 
 
 _live = ExitStack()  # one grid at a time: the one before stops serving, so that its sites can be served anew
@@ -66,8 +79,7 @@ class InProcessGrid(Grid):
         )
         reply = client_app(message, context)
         if node in self.tamper:
-            changed = self.tamper[node](decode_reply(from_record(reply.content)))
-            reply.content = to_record(encode(changed))
+            reply.content = to_record(self.tamper[node](from_record(reply.content)))
         return reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from client.privacy.gradients import PrivateGradients
+from common.bounded import BoundedSum
 from common.model.diffusion import DiffusionLoss, Draws, NoiseSchedule
+from common.model.record_rule import Loss, Rows
 from common.model.swin_unet import SwinUNet
 from common.study import DataConfig, NetworkConfig
 
@@ -33,38 +36,67 @@ def randomised_net(*, size: int, channels: int, patch: int, dtype: torch.dtype, 
     return net
 
 
-def batch(records: int, *, size: int, channels: int, draws: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Draws]:
-    """Images, labels and fixed draws; every class and the null class occur."""
+def rows(records: int, *, size: int, channels: int, draws: int, dtype: torch.dtype = torch.float32) -> Rows:
+    """Pixels, labels and fixed draws of some records; every class and the null class occur."""
     generator = torch.Generator().manual_seed(11)
     x = torch.rand(records, channels, size, size, generator=generator, dtype=dtype) * 2 - 1
-    y = torch.arange(records) % 3
     made = diffusion_loss(draws).draw(records, (channels, size, size), generator=generator, dtype=dtype)
-    return x, y, made
+    return x, torch.arange(records) % 3, made.t, made.noise, made.keep_label
 
 
 def diffusion_loss(draws: int) -> DiffusionLoss:
     return DiffusionLoss(NoiseSchedule(50), draws, 0.3, 3)
 
 
-def one(draws: Draws, record: int) -> Draws:
-    """The draws of a single record."""
-    part = slice(record, record + 1)
-    return Draws(draws.t[part], draws.noise[part], draws.keep_label[part])
+def losses(net: nn.Module, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, keep_label: Tensor) -> Tensor:
+    """The loss of rows, (B,)."""
+    return diffusion_loss(t.shape[1]).losses(net, x, y, Draws(t, noise, keep_label))
 
 
-def looped_gradients(net: SwinUNet, x: Tensor, y: Tensor, draws: Draws) -> dict[str, Tensor]:
-    """Per-record gradients (B, *parameter shape), each from its own forward and backward pass."""
-    names = [name for name, _ in net.named_parameters()]
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for record in range(len(y)):
-        loss = diffusion_loss(draws.t.shape[1]).losses(net, x[record : record + 1], y[record : record + 1],
-                                                       one(draws, record))  # fmt: skip
-        gradients = torch.autograd.grad(loss.sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
-        for name, gradient in zip(names, gradients, strict=True):
-            rows[name].append(gradient)
-    return {name: torch.stack(row) for name, row in rows.items()}
+def looped_gradients(net: nn.Module, loss: Loss, made: Rows) -> dict[str, Tensor]:
+    """Per-record gradients (B, *shape) of what is trained, each from its own forward and backward pass."""
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    found: dict[str, list[Tensor]] = {name: [] for name in trained}
+    for record in range(len(made[0])):
+        value = loss(net, *(r[record : record + 1] for r in made)).sum()
+        gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            found[name].append(gradient)
+    return {name: torch.stack(row) for name, row in found.items()}
 
 
 def norms(gradients: dict[str, Tensor]) -> Tensor:
-    """L2 norm of each record's whole gradient (B,)."""
-    return torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients.values()]).sum(dim=0).sqrt()
+    """L2 norm of each record's whole gradient (B,), float64."""
+    return torch.stack([g.double().flatten(1).square().sum(dim=1) for g in gradients.values()]).sum(dim=0).sqrt()
+
+
+def clipped_loop(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str, Tensor]:
+    """The sum over records of the loop's gradients, each clipped a billionth below `max_grad_norm`, as we do."""
+    factors = (max_grad_norm / (1 + 1e-9) / norms(gradients)).clamp(max=1.0)
+    return {name: torch.tensordot(factors, g.double(), dims=1) for name, g in gradients.items()}
+
+
+class Engine:
+    """`PrivateGradients` on rows whose draws are fixed to the records, as a step's are not."""
+
+    def __init__(
+        self, net: nn.Module, loss: Loss, *, max_grad_norm: float, physical_batch: int, loss_part: bool = False
+    ):
+        self._made: Rows = ()
+        self._at, self._size = 0, physical_batch
+        self.gradients = PrivateGradients(
+            net, loss, self._draw, max_grad_norm=max_grad_norm, physical_batch=physical_batch, loss_part=loss_part
+        )
+
+    def _draw(self, x: Tensor, y: Tensor) -> Rows:
+        part = [r[self._at : self._at + self._size] for r in self._made[2:]]
+        self._at += self._size
+        return x, y, *(torch.cat([r, r.new_zeros(len(x) - len(r), *r.shape[1:])]) for r in part)
+
+    def sum(self, made: Rows) -> BoundedSum:
+        self._made, self._at = made, 0
+        return self.gradients.clipped_sum(made[0].numpy(), made[1].numpy())
+
+
+def flat(total: BoundedSum) -> Tensor:
+    return torch.cat([total.parts[name].flatten() for name in sorted(total.parts)])

@@ -5,28 +5,43 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 
-from common.claims import Claim, MechanismClaim, SiteClaim
+from common.claims import Claim, MechanismClaim, SiteClaim, TuningClaim
 from common.images import ImageSet
 from common.metrics import Estimate, ScoreCounts, figures
 from common.study import Study
 from server.checkpoints import RoundRow
 from server.release.report import ReportInputs, SiteRow, ValidationRow
 
+MECHANISM = {"name": "train", "partition": "train", "noise_multiplier": 1.5, "sample_rate": 0.1, "steps": 100,
+             "sensitivity": 1.0}  # fmt: skip
+
+
+def site_claim(site: str, train: float, holdout: float, basis: Literal["ledger", "plan"] = "ledger") -> SiteClaim:
+    return SiteClaim(site=site, epsilon_train=train, epsilon_holdout=holdout, basis=basis)
+
+
+def claim_with(**changes: Any) -> Claim:
+    """A claim of two sites, with some fields changed; checked as any claim is."""
+    usual = {
+        "study": "s", "study_sha256": "ab" * 32, "unit": "image", "delta": 1e-5, "epsilon_ceiling": 8.0,
+        "accountant": "prv", "trust_model": "local", "phantoms": False, "random_source": "aes",
+        "mechanisms": (MechanismClaim(**MECHANISM),),
+        "sites": (site_claim("site-1", 7.25, 3.0), site_claim("site-2", 2.0, 4.5, "plan")),
+        "unprotected": ("that a site took part",), "libraries": {"opacus": "1.6.0"}, "tuning": TuningClaim(),
+        "begun": "2026-01-02", "ended": "2026-01-03",
+    }  # fmt: skip
+    return Claim(**{**usual, **changes})
+
 
 def report_inputs(study: Study, *, phantoms: bool = False) -> ReportInputs:
     rng = np.random.default_rng(0)
     classes = len(study.data.classes)
     side, channels = study.data.image_size, study.data.channels
-    claim = Claim(
-        study=study.study.name, study_sha256=study.sha256, unit="image", delta=1e-5, epsilon_ceiling=8.0,
-        accountant="prv", trust_model="local", phantoms=phantoms, random_source="aes",
-        mechanisms=(MechanismClaim("train", "train", 1.5, 0.1, 100, 1.0),),
-        sites=(SiteClaim("site-1", 7.25, 3.0, "ledger"), SiteClaim("site-2", 6.5, 4.5, "plan")),
-        unprotected=("that a site took part",), libraries={"opacus": "1.6.0"},
-        begun="2026-01-02", ended="2026-01-03",
-    )  # fmt: skip
+    claim = claim_with(study=study.study.name, study_sha256=study.sha256, phantoms=phantoms)
     counts = ScoreCounts(
         np.full((classes, 8), 5.0), np.full((classes, 8), 6.0), np.full((classes, classes), 9.0)
     )  # fmt: skip

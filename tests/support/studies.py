@@ -5,12 +5,12 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-from common.accounting import StudyPlan, plan_study
-from common.messages import Agreement
-from common.study import Study, parse_study
+from common.accounting import plan_study
+from common.protocol import Agreement
+from common.study import Study
+from common.study_file import parse_study
 
 TINY: dict[str, dict[str, Any]] = {
     "study": {"name": "tiny", "modality": "radiology", "seed": 3},
@@ -21,7 +21,7 @@ TINY: dict[str, dict[str, Any]] = {
     "pretrain": {"images": 64, "steps": 2, "batch_size": 8},
     "training": {
         "rounds": 2,
-        "step": "local",
+        "algorithm": "fedavg",
         "local_steps": 2,
         "parameters": "all",
         "sample_rate": 0.2,
@@ -43,17 +43,12 @@ def tiny_study(**sections: dict[str, Any]) -> Study:
 
 def tiny_toml(**sections: dict[str, Any]) -> str:
     """The same as a study file's text."""
-    from common.study import study_toml
+    from common.study_file import study_toml
 
     return study_toml(tiny_study(**sections))
-
-
-@lru_cache(maxsize=8)
-def _plan(study: Study) -> StudyPlan:
-    return plan_study(study)
 
 
 def agreement(study: Study | None = None) -> Agreement:
     """A study with its solved plan."""
     study = study or tiny_study()
-    return Agreement(study, _plan(study))
+    return Agreement(study=study, plan=plan_study(study))

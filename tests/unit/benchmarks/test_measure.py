@@ -11,7 +11,6 @@ from sklearn.metrics import f1_score, roc_auc_score
 from benchmarks.utility import measure as room
 from benchmarks.utility.measure import alike, exact_figures, measure, released_figures
 from benchmarks.utility.results import Result
-from common.claims import Claim, SiteClaim
 from common.errors import CheckpointError
 from common.files import atomic_write, pack_arrays, write_json
 from common.images import ImageSet
@@ -19,6 +18,7 @@ from common.model.classifier import BiomarkerClassifier
 from server.release.formats import write_npz as release_npz
 from server.stages import release
 from support.datasets import write_npz
+from support.reports import claim_with, site_claim
 from support.studies import tiny_study
 
 STUDY = tiny_study(simulation={"sites": 2}, validation={"steps": 12})
@@ -106,12 +106,8 @@ def a_run(folder, *, sha: str = STUDY.sha256, synthetic=None):
     rows = [{"name": name, "auc_macro": {**estimate, "value": 0.7 - i / 100}, "f1_macro": estimate}
             for i, name in enumerate(names)]  # fmt: skip
     write_json(folder / "metrics.json", {"sha256": sha, "peak_memory_mb": 12.5, "validation": rows})
-    claim = Claim(
-        study="tiny", study_sha256=sha, unit="image", delta=1e-5, epsilon_ceiling=8.0, accountant="rdp",
-        trust_model="local", phantoms=False, random_source="r", mechanisms=(), unprotected=(), libraries={},
-        sites=(SiteClaim("site-1", 7.5, 1.0, "ledger"), SiteClaim("site-2", 7.75, 1.0, "ledger")),
-        begun="2026-01-01", ended="2026-01-01",
-    )  # fmt: skip
+    sites = site_claim("site-1", 7.5, 1.0), site_claim("site-2", 7.75, 1.0)
+    claim = claim_with(study="tiny", study_sha256=sha, accountant="rdp", sites=sites)
     write_json(folder / "privacy.json", claim.to_json())
     return folder
 

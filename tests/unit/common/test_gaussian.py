@@ -100,16 +100,16 @@ def test_before_training_the_model_draws_what_the_prior_describes():
 
 def test_only_the_chosen_parameters_are_trained_and_the_prior_never_is():
     model = DiffusionModel(tiny_study())
-    names = {which: set(model.train_only(which)) for which in ("all", "modulation", "head")}
+    names = {which: set(model.set_trainable(which)) for which in ("all", "modulation", "head")}
     assert names["head"] < names["modulation"] < names["all"]
     assert {name for name, _ in model.named_parameters()} - names["all"] == {"swin.label.weight"}
     told = DiffusionModel(tiny_study(privacy={"moments_share": 0.0}))
-    assert set(told.train_only("modulation")) == names["modulation"] | {"swin.label.weight"}
+    assert set(told.set_trainable("modulation")) == names["modulation"] | {"swin.label.weight"}
     assert not any(name.startswith("prior.") for name in names["all"])
     assert {name for name in model.state_dict() if name.startswith("prior.")} == {
         "prior.means", "prior.vectors", "prior.values", "prior.high"
     }  # fmt: skip
-    model.train_only("head")
+    model.set_trainable("head")
     assert sum(p.requires_grad for p in model.parameters()) == len(names["head"])
 
 

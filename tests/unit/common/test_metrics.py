@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from common.errors import DataError, ReplyError
+from common.images import ImageSet, Units
 from common.metrics import (
     Figures,
     ScoreCounts,
@@ -24,6 +25,7 @@ from common.metrics import (
     count_scores,
     figures,
     l2_sensitivity,
+    score_sum,
     vector_length,
 )
 
@@ -84,6 +86,43 @@ def test_one_record_moves_the_vector_by_exactly_the_sensitivity(
     assert moved <= l2_sensitivity(classes) + 1e-12
     assert moved == pytest.approx(math.sqrt(classes + 1))
     assert without.sum() == count * (classes + 1)
+
+
+def units_of(labels: NDArray[np.int64], patients: NDArray[np.int64] | None = None) -> Units:
+    images = ImageSet(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, patients)
+    return Units.of(images, "image" if patients is None else "patient")
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_sum_that_leaves_a_site_is_the_exact_counts_with_their_bound(classes: int) -> None:
+    probabilities, labels = scored(700, classes, seed=13)
+    bounded = score_sum(units_of(labels), probabilities, 24, name="synthetic")
+    assert bounded.bound == l2_sensitivity(classes)
+    exact = count_scores(probabilities, labels, 24).vector()
+    np.testing.assert_allclose(bounded.parts["synthetic"].numpy(), exact, rtol=1e-8)
+    assert not score_sum(units_of(labels[:0]), probabilities[:0], 24, name="none").parts["none"].any()
+
+
+def test_a_patient_counts_as_the_mean_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities, labels = scored(60, 3, seed=14)
+    patients = np.random.default_rng(15).integers(0, 17, 60)
+    expected = np.zeros(vector_length(3, 8))
+    for patient in np.unique(patients):
+        mine = patients == patient
+        expected += count_scores(probabilities[mine], labels[mine], 8).vector() / mine.sum()
+    for block in (1 << 20, 1):  # all units at once, and each by itself
+        monkeypatch.setattr("common.metrics._BLOCK_BYTES", block)
+        got = score_sum(units_of(labels, patients), probabilities, 8, name="s").parts["s"].numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-12)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5, -1.0, math.nan, math.inf]), min_size=6, max_size=6))
+def test_an_image_whose_scores_are_no_probabilities_adds_nothing_and_raises_nothing(values: list[float]) -> None:
+    probabilities, labels = scored(5, 3, seed=16)
+    probabilities[:2] = np.array(values).reshape(2, 3)
+    usable = ((probabilities >= 0) & (probabilities <= 1)).all(axis=1)
+    got = score_sum(units_of(labels), probabilities, 8, name="s").parts["s"].numpy()
+    np.testing.assert_allclose(got, count_scores(probabilities[usable], labels[usable], 8).vector(), rtol=1e-8)
 
 
 def test_vector_round_trip_keeps_every_count_in_its_place() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import StudyError
-from common.study import load_study
+from common.study_file import load_study
 from support.studies import tiny_study, tiny_toml
 
 
@@ -41,8 +41,7 @@ def test_any_changed_setting_changes_the_hash():
         ("image_size = 16", "image_size = 18", "network.patch_size", "divide"),
         ("heads = [2, 2]", "heads = [3, 2]", "network.heads", "divide"),
         ("min_sites = 2", "min_sites = 9", "federation.min_sites", "larger than simulation.sites"),
-        ('step = "local"', 'step = "summed"', "training.local_steps", "must be 1"),
-        ('second_moment = "plain"', 'second_moment = "corrected"', "training.second_moment", "summed"),
+        ('step = "local"', 'step = "fedsgd"', "training.local_steps", "must be 1"),
         ("components = 4", "components = 16", "moments.components", "not fewer than the 16 px"),
         ("rounds = 2", "rounds = -1", "training.rounds", "greater than or equal to 0"),
         ("[privacy]", "[privcy]", "privcy", "Did you mean 'privacy'?"),
@@ -98,7 +97,7 @@ def test_a_study_that_would_learn_nothing_or_draw_what_cannot_be_drawn_is_refuse
 
 @pytest.mark.parametrize(
     ("modality", "said", "symmetry"),
-    [("radiology", {}, "none"), ("ophthalmology", {}, "mirror"), ("histopathology", {}, "square"),
+    [("radiology", {}, "none"), ("ophthalmology", {}, "hflip"), ("histopathology", {}, "dihedral"),
      ("histopathology", {"symmetry": "none"}, "none")],
 )  # fmt: skip
 def test_what_an_image_does_not_depend_on_follows_from_the_modality_unless_the_study_says_it(modality, said, symmetry):

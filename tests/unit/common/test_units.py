@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.privacy.grad_sample import clipped_gradient_sum
 from common.errors import DataError
 from common.images import ImageSet, Units, to_unit
-from common.metrics import count_scores, l2_sensitivity
-from support.oracles import diffusion_loss, randomised_net
+from common.metrics import l2_sensitivity, score_sum
+from common.moments import class_counts
+from support.oracles import Engine, diffusion_loss, flat, losses, randomised_net
 
 CLASSES = 3
 
@@ -34,6 +32,10 @@ def _without(images, patient):
     return images.select(images.patients != patient)
 
 
+def _moved(whole, rest):
+    return np.linalg.norm(np.concatenate([(whole.parts[name] - rest.parts[name]).numpy() for name in whole.parts]))
+
+
 @given(cohorts())
 @settings(max_examples=80, deadline=None)
 def test_every_image_is_in_one_unit_and_a_patient_moves_counts_by_at_most_one(case):
@@ -41,11 +43,11 @@ def test_every_image_is_in_one_unit_and_a_patient_moves_counts_by_at_most_one(ca
     units = Units.of(images, "patient")
     assert sorted(np.concatenate(units.members).tolist()) == list(range(len(images)))
     assert len(units) == len(np.unique(images.patients))
-    whole = units.class_shares(CLASSES)
-    assert whole.sum() == pytest.approx(len(units))
+    whole = class_counts(units, CLASSES)
+    assert float(whole.parts["counts"].sum()) == pytest.approx(len(units))
+    assert whole.bound == 1
     for patient in np.unique(images.patients):
-        rest = Units.of(_without(images, patient), "patient").class_shares(CLASSES)
-        assert np.linalg.norm(whole - rest) <= 1 + 1e-9
+        assert _moved(whole, class_counts(Units.of(_without(images, patient), "patient"), CLASSES)) <= 1
 
 
 @given(cohorts())
@@ -54,15 +56,13 @@ def test_a_patient_moves_the_score_counts_by_no_more_than_one_image_would(case):
     images, rng = case
     scores = rng.dirichlet([0.5] * CLASSES, len(images))
 
-    def vector(keep):
-        part = images.select(keep)
-        weights = Units.of(part, "patient").weights()
-        return count_scores(scores[keep], part.labels, 6, weights=weights).vector()
+    def counted(keep):
+        return score_sum(Units.of(images.select(keep), "patient"), scores[keep], 6, name="scores")
 
-    whole = vector(np.ones(len(images), dtype=bool))
+    whole = counted(np.ones(len(images), dtype=bool))
+    assert whole.bound == l2_sensitivity(CLASSES)
     for patient in np.unique(images.patients):
-        moved = np.linalg.norm(whole - vector(images.patients != patient))
-        assert moved <= l2_sensitivity(CLASSES) + 1e-9
+        assert _moved(whole, counted(images.patients != patient)) <= whole.bound
 
 
 @given(cohorts(), st.integers(1, 12))
@@ -85,7 +85,7 @@ def test_where_the_image_is_the_unit_every_image_counts_by_itself():
     images = ImageSet(np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 0, 2, 1]), np.array([5, 5, 5, 5]))
     units = Units.of(images, "image")
     assert len(units) == 4
-    assert units.class_shares(3).tolist() == [2, 1, 1]
+    assert class_counts(units, 3).parts["counts"].tolist() == pytest.approx([2, 1, 1])
     assert units.draw(np.array([True, False, True, False]), 8, np.random.default_rng(0))[0].shape == (2, 1, 1, 2, 2)
 
 
@@ -96,36 +96,26 @@ def test_patients_that_are_not_known_cannot_be_protected():
 
 
 def test_a_patients_gradient_is_the_mean_over_its_images_and_is_clipped_once():
-    """Per-patient gradients by book-keeping equal a loop over single patients and images, in float64."""
+    """The private gradient of two chosen patients equals a loop over single patients and images, in float64."""
     net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float64)
     rng = np.random.default_rng(2)
     images = ImageSet(
         rng.integers(0, 256, (7, 1, 16, 16), dtype=np.uint8), np.arange(7) % 3, np.array([0] * 5 + [1] * 2)
     )
-    units = Units.of(images, "patient")
-    picked, labels = units.draw(np.array([True, True]), 5, rng)
+    picked, labels = Units.of(images, "patient").draw(np.array([True, True]), 5, rng)
     x, y = to_unit(picked).double(), torch.from_numpy(labels)
-    loss = diffusion_loss(5)
-    draws = loss.draw(2, (1, 16, 16), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draws = diffusion_loss(5).draw(2, (1, 16, 16), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    made = (x, y, draws.t, draws.noise, draws.keep_label)
 
-    expected, norms = {}, []
+    expected, lengths = torch.zeros(sum(p.numel() for p in net.parameters()), dtype=torch.float64), []
     for patient in range(2):
-        each = [
-            loss.losses(net, x[patient : patient + 1, k : k + 1], y[patient : patient + 1, k : k + 1],
-                        type(draws)(draws.t[patient : patient + 1, k : k + 1],
-                                    draws.noise[patient : patient + 1, k : k + 1],
-                                    draws.keep_label[patient : patient + 1, k : k + 1]))
-            for k in range(5)
-        ]  # fmt: skip
-        grads = torch.autograd.grad(torch.stack(each).mean(), list(net.parameters()))
-        norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
-        norms.append(norm)
-        for name, g in zip(dict(net.named_parameters()), grads, strict=True):
-            expected[name] = expected.get(name, 0) + g * min(1.0, 0.5 / norm)
-    got = clipped_gradient_sum(
-        net, lambda a, b: loss.losses(net, a, b, draws), x, y, max_grad_norm=0.5, physical_batch=2
-    )
-    assert min(norms) > 0.5  # both are clipped
-    torch.testing.assert_close(got.norms, torch.tensor(norms, dtype=torch.float64), rtol=1e-10, atol=1e-10)
-    for name, value in expected.items():
-        torch.testing.assert_close(got.gradients[name], value, rtol=1e-9, atol=1e-10)
+        each = [losses(net, *(r[patient : patient + 1, k : k + 1] for r in made)).sum() for k in range(5)]
+        gradients = torch.autograd.grad(torch.stack(each).mean(), list(net.parameters()))
+        named = dict(zip((name for name, _ in net.named_parameters()), gradients, strict=True))
+        whole = torch.cat([named[name].flatten() for name in sorted(named)])
+        lengths.append(float(whole.norm()))
+        expected += whole * min(1.0, 0.5 / lengths[-1])
+    assert min(lengths) > 0.5  # both are clipped
+    engine = Engine(net, losses, max_grad_norm=0.5, physical_batch=2)
+    torch.testing.assert_close(flat(engine.sum(made)), expected, rtol=1e-8, atol=1e-9)
+    engine.gradients.close()

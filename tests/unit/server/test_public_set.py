@@ -40,6 +40,8 @@ def test_another_file_a_missing_one_and_one_of_other_images_are_refused_in_a_lin
         public_images(_study(write_npz(tmp_path / "colour.npz", good_arrays(size=16, channels=3))))
     with pytest.raises(DataError, match="no such file"):
         public_images(tiny_study(pretrain={"source": "npz", "path": "nowhere.npz", "sha256": "0" * 64}))
+    with pytest.raises(DataError, match=r"pretrain.path: missing"):
+        check_public_set(_study(file, path=None))
     write_npz(file, good_arrays(size=16, train=41))
     with pytest.raises(DataError, match=f"its SHA-256 is {sha256_file(file)}") as refused:
         public_images(study)
@@ -56,9 +58,9 @@ def test_a_public_set_is_asked_for_before_a_study_that_reads_it_and_no_other():
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"sha256": None}, "pretrain.sha256"), ({"path": None}, "pretrain.path"), ({"source": "none"}, "pretrain.path"),
-     ({"sha256": "abc"}, "pretrain.sha256")],
+    [({"sha256": None}, "pretrain.sha256"), ({"source": "none"}, "pretrain.sha256"),
+     ({"source": "none", "sha256": None}, "pretrain.path"), ({"sha256": "abc"}, "pretrain.sha256")],
 )  # fmt: skip
-def test_a_public_set_needs_path_and_hash_and_nothing_else_does(file, changes, field):
+def test_a_public_set_needs_a_hash_and_nothing_else_has_one(file, changes, field):
     with pytest.raises(StudyError, match=field):
         _study(file, **changes)

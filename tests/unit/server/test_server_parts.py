@@ -14,10 +14,10 @@ from common.model.diffusion_model import initial_weights, space_of, with_prior
 from common.optimizer import largest_update_norm
 from common.prior import Prior
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
-from server.federation.aggregation import average, moving_average
+from server.federation.aggregation import average, moved, moving_average, within
 from server.release.bundle import verify_checksums
 from server.release.formats import contact_sheet, write_npz, write_pngs
-from server.synthesis.generation import generate, load_generated, planned_labels
+from server.synthesis.generation import generate, planned_labels
 from support.studies import agreement, tiny_study
 
 STUDY = tiny_study()
@@ -26,8 +26,18 @@ STUDY = tiny_study()
 def test_sites_are_weighed_by_their_noisy_counts():
     updates = {"a": {"w": np.array([1.0], np.float32)}, "b": {"w": np.array([4.0], np.float32)}}
     mean = average(updates, {"a": 300.0, "b": 100.0, "absent": 999.0})
-    assert mean["w"].dtype == np.float32
     np.testing.assert_allclose(mean["w"], [1.75])
+
+
+def test_no_sum_of_weights_and_changes_can_become_infinite_or_pass_what_a_site_takes():
+    weights = {"w": np.full(3, 3e38, np.float32), "kept": np.ones(1, np.float32)}
+    change = {"w": np.array([3e38, -float(np.float32(3e38)), 1e300])}
+    bounded = within(moved(weights, change), 1e4)
+    assert bounded["w"].tolist() == [1e4, 0.0, 1e4]
+    assert bounded["w"].dtype == np.float32
+    assert list(bounded) == ["w"]
+    small = within(moved({"w": np.ones(1, np.float32)}, {"w": np.full(1, 0.5)}), 1e4)
+    assert small["w"].tolist() == [1.5]
 
 
 def test_the_moving_average_follows_slowly_and_forgets_the_first_weights():
@@ -56,11 +66,8 @@ def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
     generate(STUDY, ema, labels, tmp_path / "b", on_batch=lambda done, total: seen.append((done, total)))
     assert seen == [(12, 24), (24, 24)]
     (tmp_path / "b" / "batch-00001.npz").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError):
-        load_generated(tmp_path / "b", labels, STUDY)
     again = generate(STUDY, ema, labels, tmp_path / "b")
     assert np.array_equal(whole.images, again.images)
-    assert np.array_equal(load_generated(tmp_path / "b", labels, STUDY).images, whole.images)
 
 
 def test_guidance_uses_the_null_class_of_the_real_model(tmp_path):
@@ -95,6 +102,25 @@ def test_a_changed_study_file_is_noticed_before_a_resume(tmp_path):
     path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 9.0"))
     with pytest.raises(CheckpointError, match="changed after the run began"):
         folder.study()
+
+
+def test_settings_of_the_machine_may_be_put_right_before_a_resume(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY, agreement().plan)
+    path = folder.path / "study.toml"
+    path.write_text(path.read_text().replace("timeout_seconds = 120.0", "timeout_seconds = 240.0"))
+    assert folder.study().federation.timeout_seconds == 240.0
+    assert folder.study().sha256 == STUDY.sha256
+
+
+def test_a_folder_without_a_plan_is_no_run_yet(tmp_path):
+    folder = RunFolder.create(tmp_path, STUDY)
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        RunFolder.open(folder.path)
+    folder.keep_plan(agreement().plan)
+    assert RunFolder.open(folder.path).plan() == agreement().plan
+    (folder.path / "plan.json").write_text('{"mechanisms": "none"}')
+    with pytest.raises(CheckpointError, match="not a plan"):
+        folder.plan()
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):

@@ -10,7 +10,7 @@ from common.errors import ReplyError
 from common.model.diffusion_model import initial_weights, load_model
 from common.optimizer import Adam
 from server.federation.aggregation import mean_gradient
-from server.federation.screening import largest_sum_norm, screen_update
+from server.federation.screening import largest_sum_norm, most_drawn, most_units, screen_norm
 from server.synthesis.pretrain import exact_prior, pretrained
 from support.studies import tiny_study
 
@@ -39,17 +39,29 @@ def test_an_optimizer_that_is_stopped_and_taken_up_makes_the_same_steps():
     assert int(state["steps"][0]) == 4
 
 
-@pytest.mark.parametrize("records", [1, 40])
-def test_an_honest_noisy_sum_passes_the_door_and_a_tenfold_one_does_not(records):
+@pytest.mark.parametrize(("units", "rate"), [(1, 1.0), (40, 0.05), (300, 0.1), (20_000, 0.01)])
+def test_an_honest_noisy_sum_passes_the_door_and_one_a_few_times_as_long_does_not(units, rate):
     rng = np.random.default_rng(0)
-    bound = largest_sum_norm(records=records, max_grad_norm=0.1, noise_std=0.05, numbers=2000)
-    for _ in range(200):
-        honest = (0.05 * rng.standard_normal(2000)).astype(np.float32)
-        honest[0] += 0.1 * (records + 3 * records**0.5)  # all records pull one way, and there are more than expected
-        screen_update({"w": honest}, expected={"w": (2000,)}, largest_norm=bound, loss=0.0)
+    drawn = most_drawn(units, rate)
+    bound = largest_sum_norm(units=drawn, sensitivity=0.1, noise_std=0.05, numbers=2000)
+    for _ in range(300):
+        honest = 0.05 * rng.standard_normal(2000)
+        honest[0] += 0.1 * rng.binomial(units, rate)  # all records pull one way
+        screen_norm({"w": honest.astype(np.float32)}, largest=bound, what="update")
+    likely = 0.1 * units * rate + 0.05 * 2000**0.5
+    assert bound < 3 * likely + 2.0  # the bound is of the honest sum's own size
     with pytest.raises(ReplyError, match="over the bound"):
-        screen_update({"w": 10 * bound * np.eye(1, 2000, dtype=np.float32)[0]}, expected={"w": (2000,)},
-                      largest_norm=bound, loss=0.0)  # fmt: skip
+        screen_norm({"w": np.array([1.001 * bound], np.float32)}, largest=bound, what="update")
+
+
+def test_the_most_units_that_a_site_can_have_hold_however_the_counts_noise_fell():
+    rng, sizes = np.random.default_rng(1), np.array([3.0, 40.0, 0.0])
+    counts = sizes + 30.0 * rng.standard_normal((5000, 3))
+    most = np.array([most_units(row.tolist(), 30.0) for row in counts])
+    assert (most >= sizes.sum()).all()
+    assert np.median(most) < sizes.sum() + 30.0 * 18
+    assert most_units([5.0, -3.0], 0.0) == 5.0
+    assert most_drawn(10.0, 1.0) == 10.0
 
 
 def test_the_public_start_is_made_once_from_the_seed_and_a_spoilt_one_anew(tmp_path):
@@ -78,17 +90,3 @@ def test_the_prior_of_the_phantoms_is_not_the_public_one():
     model = load_model(STUDY, initial_weights(STUDY))
     assert not torch.tensor(prior.means).isnan().any()
     assert float(model.prior.means.abs().max()) == 0.0
-
-
-def test_the_corrected_second_moment_is_that_of_the_signal():
-    """A coordinate with signal under known noise moves as far as without noise; plain Adam does not."""
-    rng, moved = np.random.default_rng(0), {}
-    for name, noise_std in (("corrected", 0.5), ("plain", 0.0)):
-        weight = torch.zeros(2000)
-        adam = Adam({"w": weight}, learning_rate=0.01, noise_std=noise_std)
-        for _ in range(300):
-            noisy = 0.25 + 0.5 * rng.standard_normal(2000)
-            adam.step({"w": torch.from_numpy(noisy)})
-        moved[name] = -float(weight.mean())
-    assert moved["corrected"] == pytest.approx(3.0, rel=0.2)
-    assert moved["plain"] < 0.6 * moved["corrected"]

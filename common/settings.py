@@ -1,0 +1,51 @@
+"""Base of all settings files, and the one line that says what is wrong with one.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple[str, str, str]:
+    """(field, what, remedy) of the first problem that pydantic found, with the nearest right key for a misspelt one."""
+    problems = error.errors()  # a misspelt key also shows as a missing one: name the key that is there
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return field, f"unknown key '{key}'", remedy
+    if first["type"] == "missing":
+        return field, "missing", "Add it."
+    what = first["msg"].removeprefix("Value error, ")
+    if not field:  # a rule over several fields names its own field first
+        field, _, what = what.partition(": ")
+        return field, what, "Change one of them."
+    return field, f"{what} (got {first['input']!r})", "Fix the value."
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in loc:
+        info = current.model_fields.get(str(part))
+        if info is None:
+            return []
+        options = [info.annotation, *get_args(info.annotation)]
+        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not nested:
+            return []
+        current = nested[0]
+    return list(current.model_fields)

@@ -1,0 +1,76 @@
+"""The study file on the disk: read, overridden, checked, written.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from common.errors import StudyError
+from common.settings import settings_error_line
+from common.study import Study
+
+
+def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Read, override and check a study file.
+
+    Args:
+        path: the TOML file.
+        overrides: ``section.key=value`` each, the value in TOML syntax (a bare word is taken as a string).
+
+    Raises:
+        StudyError: the file is missing, not TOML, or a key or value cannot be used; one line, nearest key named.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(
+            f"cannot read the study file ({error.strerror})", where=str(path), remedy="Give the path of a study TOML."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"not valid TOML: {error}", where=str(path), remedy="Fix that line.") from error
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_study(raw, where=str(path))
+
+
+def parse_study(raw: dict[str, Any], *, where: str) -> Study:
+    """Check settings that are already read (from TOML or from a message)."""
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise _study_error(error, where) from error
+
+
+def _study_error(error: ValidationError, where: str) -> StudyError:
+    field, what, remedy = settings_error_line(error, Study)
+    return StudyError(what, where=f"{where}: {field}", remedy=remedy)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise StudyError(
+            f"cannot read '{override}'", where="--set", remedy="Write section.key=value, as in training.rounds=2."
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = raw.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise StudyError(f"'{parts[0]}' is not a section", where="--set", remedy="Write section.key=value.")
+    section[parts[1]] = value
+
+
+def study_toml(study: Study) -> str:
+    """The settings as TOML, every default written out; reads back as the same study."""
+    settings = study.model_dump(mode="json", exclude_none=True)
+    return f"# Settings as run; SHA-256 {study.sha256}\n" + tomli_w.dumps(settings)

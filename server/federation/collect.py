@@ -1,0 +1,162 @@
+"""The one door into the server: what the sites sent is read, checked and booked here, once, for every stage.
+
+SPDX-License-Identifier: Apache-2.0
+
+A site may send anything. Whatever it is, that site alone is left out of the step, by name and with the reason; no
+answer of one site can end the study. Where a site was asked and gave no answer that could be read, its ledger may hold
+more than it has reported: its question stays open, and the claim then states its whole planned cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from common.errors import ReplyError
+from common.protocol import (
+    Answer,
+    Arrays,
+    EnrolReply,
+    MomentsReply,
+    Refusal,
+    Reply,
+    SiteFacts,
+    Spent,
+    TrainReply,
+    ValidateReply,
+    decode_answer,
+    decode_arrays,
+)
+from server.federation.members import Member
+from server.federation.sites import Requests, SiteGroup
+
+B = TypeVar("B", EnrolReply, MomentsReply, TrainReply, ValidateReply)
+Screen = Callable[[int, B, Arrays], None]  # node, body, arrays; raises ReplyError
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """One answer that may be used."""
+
+    node: int
+    site: SiteFacts
+    spent: Spent
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The answers to one question; every node that was asked is in `accepted` or in `reasons`.
+
+    Attributes:
+        accepted: in the order of the nodes.
+        reasons: by site (by node, where it has no name), why it is left out: one line of printable text.
+        exhausted: sites that said no because their budget is used up.
+    """
+
+    accepted: list[Accepted] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    exhausted: list[str] = field(default_factory=list)
+
+    @property
+    def arrays(self) -> dict[str, Arrays]:
+        """The arrays by site."""
+        return {answer.site.name: answer.arrays for answer in self.accepted}
+
+
+def collect(
+    group: SiteGroup, members: Mapping[int, Member], requests: Requests, body: type[B], screen: Screen[B]
+) -> Collected:
+    """Ask the sites, and take in what may be used.
+
+    Args:
+        members: those that are enrolled; what they spent is booked there.
+        requests: by node, the question and its arrays.
+        body: what the answers must be.
+        screen: checks body and arrays of a node's answer.
+    """
+    returned, collected = group.ask(requests), Collected()
+    for node in sorted(requests):
+        member, answer, spent = members.get(node), None, None
+        try:
+            if node not in returned.answers:
+                raise ReplyError(returned.failures[node], where="reply")
+            answer, rest = decode_answer(returned.answers[node])
+            _check_sender(answer, member, requests[node][0].agreement.study.privacy.epsilon)
+            spent = answer.spent
+            if not isinstance(answer.body, Refusal):
+                collected.accepted.append(_accepted(node, answer, rest, member, collected, body, screen))
+                if member is not None:
+                    member.note(collected.accepted[-1].spent)
+                continue
+            reason = _refused(answer.body)
+        except ReplyError as error:
+            reason, spent = error.what, None
+        label = _label(node, member, answer, collected)
+        collected.reasons[label] = _plain(reason)
+        if answer is not None and _exhausted(answer.body):
+            collected.exhausted.append(label)
+        _book(member, spent)
+    return collected
+
+
+def _check_sender(answer: Answer, member: Member | None, ceiling: float) -> None:
+    """See that the answer is from the site that was asked, and that what it spent is possible."""
+    if answer.site is not None and member is not None and answer.site.name != member.name:
+        raise ReplyError(f"an answer from '{answer.site.name}'", where="reply")
+    spent = answer.spent
+    if spent is not None and max(spent.train, spent.holdout) > ceiling:
+        raise ReplyError("says that it spent more than the study may", where="reply")
+
+
+def _accepted(
+    node: int, answer: Answer, rest: bytes, member: Member | None, collected: Collected, body: type[B],
+    screen: Screen[B],
+) -> Accepted:  # fmt: skip
+    if not isinstance(answer.body, body):
+        raise ReplyError(f"an answer to another question ('{answer.body.stage}')", where="reply")
+    if answer.site is None or answer.spent is None:
+        raise ReplyError("does not say who it is and what it spent", where="reply")
+    if member is not None and answer.site != member.facts:
+        raise ReplyError("says other things of itself than when it enrolled", where="reply")
+    if any(answer.site.name == other.site.name for other in collected.accepted):
+        raise ReplyError(f"a second site calls itself '{answer.site.name}'", where="reply")
+    arrays = decode_arrays(rest, "reply")
+    screen(node, answer.body, arrays)
+    return Accepted(node, answer.site, answer.spent, arrays)
+
+
+def _refused(refusal: Refusal) -> str:
+    return f"refused ({refusal.kind}) {refusal.what}. {refusal.remedy}"
+
+
+def _exhausted(body: Reply) -> bool:
+    """Whether a site's no means that its budget is used up; that another plan was approved there is another matter."""
+    return isinstance(body, Refusal) and body.kind == "BudgetError" and body.rule != "plan"
+
+
+def _book(member: Member | None, spent: Spent | None) -> None:
+    """A site that says no, or fails half-way, may have spent: take its word where there is one."""
+    if member is None:
+        return
+    if spent is None:
+        member.open_question = True
+    else:
+        member.note(spent)
+
+
+def _label(node: int, member: Member | None, answer: Answer | None, collected: Collected) -> str:
+    """What a site that is left out is called; a name that another one bears is not believed."""
+    if member is not None:
+        return member.name
+    taken = {*collected.reasons, *(other.site.name for other in collected.accepted)}
+    said = answer.site.name if answer is not None and answer.site is not None else None
+    return said if said is not None and said not in taken else f"node {node}"
+
+
+def _plain(text: str) -> str:
+    """A site's words as one line that no terminal takes for a command."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * _LONGEST_REASON])
+    return " ".join(printable.split())[:_LONGEST_REASON]

@@ -1,0 +1,143 @@
+"""What breaks the record rule is refused by name; what keeps it, passes.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import StudyError
+from common.model.record_rule import RecordGradients, alike_anywhere, refuse_inexact
+from common.model.timm_backbones import create_backbone, import_timm
+from support.oracles import losses, randomised_net, rows
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _sums(net, x, _y):
+    return net(x).flatten(1).sum(dim=1)
+
+
+def _entropy(net, x, y):
+    return nn.functional.cross_entropy(net(x), y, reduction="none")
+
+
+def _refuse(net, x, loss=_sums):
+    refuse_inexact(net, loss, (x, torch.arange(len(x)) % 2), name="this net", where="validation.backbone")
+
+
+class _Windows(nn.Module):
+    """The mistake of stock window attention: windows folded into dim 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 4)).reshape(len(x), -1)
+
+
+class _Square(nn.Module):
+    """Folds so that the shapes still fit: records and tokens change places where there are as many of either."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1).square()
+
+
+class _Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x - x.mean(dim=0))
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+class _InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        out = self.layer(x)
+        out += x
+        return out
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "reason"),
+    [
+        (_Windows(), (4, 8), "dim 0"), (_Square(), (4, 4, 4), "differ|dim 0"), (_Mixing(), (4, 4), "differ"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), (4, 4), "BatchNorm"), (_Tied(), (4, 4), "share"),
+        (_InPlace(), (4, 4), "in place"), (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), (4, 4), "differ"),
+    ],
+)  # fmt: skip
+def test_a_network_that_breaks_the_rule_is_refused(net, shape, reason):
+    with pytest.raises(StudyError, match=f"'this net' cannot be trained privately.*({reason})"):
+        _refuse(net, torch.rand(*shape))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224"])
+def test_a_swin_of_timm_is_refused(name):
+    timm = import_timm()
+    net = timm.create_model(name, num_classes=2, in_chans=1, img_size=64, depths=(1, 1, 1, 1), embed_dim=24,
+                            num_heads=(1, 2, 4, 8))  # fmt: skip
+    with pytest.raises(StudyError, match="this net"):
+        _refuse(net, torch.rand(4, 1, 64, 64), _entropy)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet_gn", "test_byobnet", "test_vit3", "test_efficientnet"])
+def test_backbones_with_the_record_in_dim_0_pass(name):
+    net = create_backbone(name, channels=1, classes=2, image_size=28)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    _refuse(net, torch.rand(4, 1, 28, 28), _entropy)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_the_shipped_network_passes_and_rounds_alike_anywhere():
+    net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float32)
+    made = rows(5, size=16, channels=1, draws=2)
+    refuse_inexact(net, losses, made, name="net", where="network")
+    assert alike_anywhere(net, losses, made, 12)
+
+
+def test_a_loss_whose_rounding_depends_on_the_place_is_seen():
+    def by_place(net, x, y):
+        return _sums(net, x * (1 + torch.arange(len(x))[:, None] * 2.0**-22), y)
+
+    made = torch.rand(5, 4), torch.zeros(5, dtype=torch.int64)
+    assert alike_anywhere(nn.Linear(4, 3), _sums, made, 8)
+    assert not alike_anywhere(nn.Linear(4, 3), by_place, made, 8)
+
+
+def test_a_parameter_that_takes_no_part_has_a_gradient_of_zero():
+    net = nn.ModuleDict({"used": nn.Linear(4, 1), "idle": nn.Linear(4, 1)})
+    hooked = RecordGradients(net)
+    found = hooked.of(net["used"](torch.rand(3, 4))[:, 0])
+    assert found["idle.weight"].shape == (3, 1, 4)
+    assert not found["idle.weight"].any()
+    assert found["used.weight"].any()
