@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from common.commands import run
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
     from client.privacy.ledger import Ledger
-    from client.site import SiteConfig
+    from client.site import Site, SiteConfig
     from common.accounting import StudyPlan
     from common.study import Study
 
@@ -71,9 +71,7 @@ def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
     for path in sites:
         site = Site.open(path, settings)
         site.config.policy.permit(settings, plan, site.cohort)
-        report = site.report
-        rows.append({"name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
-                     "holdout": list(report.holdout_counts), "warnings": list(report.warnings)})  # fmt: skip
+        rows.append(_row(site))
     if as_json:
         print(json.dumps(rows))
         return
@@ -108,7 +106,7 @@ def explain(site: OneSite, study: StudyArgument) -> None:
 
 
 @app.command()
-def approve(sites: Sites, study: StudyFile, by: By) -> None:
+def approve(sites: Sites, study: StudyFile, by: By, as_json: AsJson = False) -> None:
     """Let a study ask this site for what its file says, of the records that are here now.
 
     Opens and checks the images, asks every rule of the policy, and writes plan, data digest, name and time into the
@@ -123,15 +121,21 @@ def approve(sites: Sites, study: StudyFile, by: By) -> None:
 
     who = clean_name(by)
     settings, plan = _tried(study, sites)
+    rows = []
     for path in sites:
         with closing(_ledger(path)[1]) as ledger:
             site = Site.open(path, settings)
             approval, verdict = decide(site, ledger, settings, plan, by=who)
+        rows.append(_row(site))
+        if as_json:
+            continue
         print(f"{site.config.name}: study {approval.name} ({approval.study[:12]}) is approved by {approval.by}")
         print(f"  cost     {cost_in_words(settings, plan)}")
         print(f"  ceiling  {room_in_words(verdict, site.config.policy.max_epsilon)}")
         for warning in verdict.warnings:
             print(f"  warning  {warning}")
+    if as_json:
+        print(json.dumps(rows))
 
 
 @app.command()
@@ -268,6 +272,13 @@ def _ledger(path: Path) -> tuple[SiteConfig, Ledger]:
 
     config = load_site_config(path)
     return config, open_ledger(config.name, config.state, config.registry)
+
+
+def _row(site: Site) -> dict[str, Any]:
+    """A site's exact numbers, for its own screen."""
+    report = site.report
+    return {"name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
+            "holdout": list(report.holdout_counts), "warnings": list(report.warnings)}  # fmt: skip
 
 
 def _ledgers(sites: list[Path]) -> Iterator[tuple[SiteConfig, Ledger]]:

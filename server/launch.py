@@ -95,14 +95,15 @@ def check_sites(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
 
 
 def approve(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
-    """The same, and have them approve the study.
+    """The same, and have them approve the study, which checks it first.
 
     Raises:
         DataError: as `check_sites` does.
     """
-    checks, by = check_sites(study_file, sites), "synthward run (simulated site)"
-    _site_command("approve", "--by", by, "--study", str(study_file), *map(str, sites))
-    return checks
+    _site_command("init", *map(str, sites))
+    by = "synthward run (simulated site)"
+    output = _site_command("approve", "--json", "--by", by, "--study", str(study_file), *map(str, sites))
+    return [SiteCheck.model_validate(row) for row in json.loads(output)]
 
 
 def simulate(folder: RunFolder) -> None:
