@@ -104,7 +104,7 @@ def clean_name(by: str) -> str:
         raise DataError("a character that cannot be printed", where="--by", remedy="Write the name in plain letters.")
     if sum(c.isalpha() for c in text) < 2 or len(text) > MOST_NAME:
         raise DataError(
-            "no name given" if len(text) <= MOST_NAME else f"over {MOST_NAME} characters", where="--by",
+            "no name" if len(text) <= MOST_NAME else f"over {MOST_NAME} characters", where="--by",
             remedy="Give name and role of who decides.",
         )  # fmt: skip
     return text
@@ -132,9 +132,11 @@ def chosen(ledger: Ledger, *, sha256: str | None, name: str | None) -> Approval:
 
 
 def _others(ledger: Ledger, study: Study, partition: Partition) -> list[PrivacyLoss]:
-    """The losses of all other studies."""
-    return [entry.loss for entry in ledger.entries() if entry.kind == "reserved" and entry.study != study.sha256
-            and entry.body["partition"] == partition]  # fmt: skip
+    """The losses of all other studies: what was reserved, and the whole plan of those that are approved still."""
+    promised = {a.study: a.plan for a in ledger.approvals() if a.study != study.sha256}
+    reserved = [entry.loss for entry in ledger.entries() if entry.kind == "reserved" and entry.study != study.sha256
+                and entry.study not in promised and entry.body["partition"] == partition]  # fmt: skip
+    return [*reserved, *(loss for plan in promised.values() for loss in plan.losses(partition))]
 
 
 def _together(policy: SitePolicy, losses: Sequence[PrivacyLoss]) -> float:
@@ -145,7 +147,8 @@ def _over(partition: Partition, epsilon: float, policy: SitePolicy) -> BudgetErr
     return BudgetError(
         f"the whole study would bring the {partition} records to epsilon {epsilon:.3f}, over the ceiling"
         f" {policy.max_epsilon:g} of the site", where="policy.max_epsilon", asked=f"{epsilon:.3f}",
-        allowed=f"{policy.max_epsilon:g}", remedy="The study has to ask for less; what is spent stays spent.",
+        allowed=f"{policy.max_epsilon:g}",
+        remedy="Ask the coordinator for a study that costs less, or revoke an approved one that will not run.",
     )  # fmt: skip
 
 
@@ -179,14 +182,18 @@ def _counted_twice(site: Site, ledger: Ledger, study: Study) -> tuple[list[Refus
         ledger.require_sides(site.fingerprints(ledger.key), study.sha256)
     except PolicyRefusal as refusal:
         refusals.append(refusal)
-    for known in Registry(site.config.registry).others(ledger):
+    registry = Registry(site.config.registry)
+    for known in registry.others(ledger):
         try:
             with closing(Ledger.open(Path(known.state))) as other:
                 ours = site.fingerprints(other.key)
                 shared = frozenset[bytes]().union(*(ours.shared(before) for _, before in other.held()))
         except StorageError as error:
-            warnings.append(f"the ledger of site {known.site} cannot be read, so nobody knows whether these images are "
-                            f"counted there ({error.what})")  # fmt: skip
+            refusals.append(PolicyRefusal(
+                f"the ledger of site {known.site} at {known.state} cannot be read ({error.what}), so nobody knows"
+                " whether these images are counted there", where="ledger.elsewhere",
+                remedy=f"Bring it back; if that site is gone for good, take its row out of {registry.path}.",
+            ))  # fmt: skip
             continue
         if shared:
             refusals.append(PolicyRefusal(

@@ -56,6 +56,9 @@ def init(
         if name is not None:
             print(f"{site}: written; read its [policy] and set this hospital's ceilings")
         print(f"{config.state}: ledger begun; back this folder up whole")
+        path = getattr(config.data, "path", None)
+        if path is not None and not path.exists():
+            print(f"warning: {path} is not there (yet)", file=sys.stderr)
 
 
 @app.command()
@@ -202,6 +205,7 @@ def page(
 
     if once is not None:
         atomic_write(once, render(sites).encode())
+        print(once)
         return
     try:
         http = server(sites, port)

@@ -73,7 +73,7 @@ def _records(site: Site, study: Study) -> str:
     return (
         f"{sum(report.train_counts)} training images ({_by_class(study, report.train_counts)}) and "
         f"{sum(report.holdout_counts)} held-out images ({_by_class(study, report.holdout_counts)}); these exact "
-        f"numbers are shown to you only. Privacy unit: {study.privacy.unit}."
+        f"numbers are shown to you only. Privacy unit: {study.privacy.unit} ({len(site.train)} in training)."
     )
 
 

@@ -19,6 +19,8 @@ from common.errors import BudgetError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import Units
 from common.model.classifier import BiomarkerClassifier, warm_up_and_cosine
+from common.model.weights import LARGEST_WEIGHT
+from common.protocol import bounded_arrays
 from common.study import Study
 
 
@@ -47,7 +49,7 @@ def private_reference(
     model = BiomarkerClassifier.fresh(study)
     physical = physical_batch_for(
         model.net, _loss, _draw, record=(1, data.channels, data.image_size, data.image_size), label=(1,),
-        memory_mb=memory_mb, expected_batch=expected_batch, name=backbone, where="validation.backbone",
+        memory_mb=memory_mb, name=backbone, where="validation.backbone",
     )  # fmt: skip
     try:
         _train(gate, study, units, model, expected_batch=expected_batch, physical_batch=physical, kept=kept)
@@ -79,7 +81,8 @@ def _train(
         adam.zero_grad(set_to_none=True)
         gradients.close()
         model.net.eval()
-        atomic_write(kept, pack_arrays(model.state()))
+        if bounded_arrays(model.state(), LARGEST_WEIGHT):  # else it is paid for and useless: it would not be read again
+            atomic_write(kept, pack_arrays(model.state()))
         permit.done()
 
 

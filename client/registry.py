@@ -152,13 +152,14 @@ def open_ledger(site: str, state: Path, registry: Path | None) -> Ledger:
     except NoLedger as error:
         try:
             places = [known.state for known in Registry(registry).known() if known.site == site]
+            places = [place for place in places if Path(place) != state.resolve()]
         except (StorageError, OSError):  # it was only to help
             places = []
         if not places:
             raise
         raise NoLedger(
             f"there is no ledger here, and site {site} has one at {places[0]}", where=str(state),
-            remedy="Set `state` to that folder, or restore the state folder from backup; see docs/site.md.",
+            remedy="Set `state` to where the folder is now, or restore it from backup; see docs/site.md.",
         ) from error  # fmt: skip
 
 

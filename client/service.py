@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import grpc
@@ -51,6 +52,7 @@ STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
     "enrol": enrol, "moments": moments, "train": train, "validate": validate,
 }  # fmt: skip
 MOST_LOG_BYTES = 10_000_000  # of the site's log: who asks in vain without end must not fill the disk
+_WORKERS = 16  # requests of one site that may be on their way at a time
 _MOST_TEXT = 400  # characters of a refusal's texts
 _MOST_LOGGED = 4000  # characters of one error in the log
 
@@ -159,7 +161,7 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
         StorageError: a socket cannot be made.
     """
     with ExitStack() as stack:
-        turns = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="site"))
+        turns = Lock()
         made = []
         for path in sites:
             config = load_site_config(path)
@@ -170,23 +172,31 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
         yield made
 
 
-def _listen(service: SiteService, socket: Path, turns: ThreadPoolExecutor, largest_mb: int) -> grpc.Server:
+def _listen(service: SiteService, socket: Path, turns: Lock, largest_mb: int) -> grpc.Server:
+    """A server whose requests take turns; one that never comes to its end holds up one worker, not the rest."""
     limits = [("grpc.max_receive_message_length", (largest_mb << 20) + 1024), ("grpc.max_send_message_length", -1)]
-    server = grpc.server(turns, options=limits)
-    handler = grpc.unary_unary_rpc_method_handler(lambda data, _: service.answer(data))
+    workers = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="site")
+    server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=_WORKERS)
+
+    def answer(data: bytes, _: Any) -> bytes:
+        with turns:
+            return service.answer(data)
+
+    handler = grpc.unary_unary_rpc_method_handler(answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-    before = os.umask(0o117)  # owner and group of the socket may connect, nobody else
     try:
-        socket.parent.mkdir(parents=True, exist_ok=True)
-        server.add_insecure_port(f"unix:{socket.resolve()}")
-        server.start()
+        socket.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        before = os.umask(0o117)  # owner and group of the socket may connect, nobody else
+        try:
+            server.add_insecure_port(f"unix:{socket.resolve()}")
+            server.start()
+        finally:
+            os.umask(before)
     except (RuntimeError, OSError) as error:
         raise StorageError(
             f"cannot listen there ({error})", where=str(socket),
             remedy="Give another --sockets folder, with a path shorter than 90 characters.",
         ) from error  # fmt: skip
-    finally:
-        os.umask(before)
     return server
 
 

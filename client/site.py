@@ -6,6 +6,8 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +21,8 @@ from client.privacy.ledger import Ledger
 from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
 from client.registry import open_ledger
-from common.errors import DataError, PolicyRefusal
+from common.errors import DataError
+from common.files import append_line
 from common.images import Units
 from common.protocol import SiteFacts, SiteName
 from common.settings import Settings, settings_error_line
@@ -102,6 +105,15 @@ class Site:
             self._fingerprints[key] = Fingerprints.of(key, self.splits.train, self.splits.holdout)
         return self._fingerprints[key]
 
+    @contextmanager
+    def logged(self, what: str) -> Iterator[None]:
+        """Write into the site's log what goes wrong inside, and go on: for work beside an answer that is sealed."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(Exception):
+                append_line(self.state / "site.log", f"{what} failed ({type(error).__name__})")
+
     @property
     def state(self) -> Path:
         return self.config.state
@@ -131,7 +143,7 @@ def load_site_config(path: Path) -> SiteConfig:
     if data.source == "npz":
         data = data.model_copy(update={"path": base / data.path})
     if config.test_noise_seed is not None and data.source != "phantoms":
-        raise PolicyRefusal(
+        raise DataError(
             "seeded noise protects nobody", where=f"{path}: test_noise_seed", remedy="Remove it; it is for phantoms."
         )
     registry = None if config.registry is None else base / config.registry

@@ -239,7 +239,7 @@ class Claim(Part):
     @computed_field(description="for a person with one unit at every site")
     @property
     def delta_sum(self) -> Figure:
-        return self.delta * len(self.sites)
+        return float(f"{self.delta * len(self.sites):.12g}")  # 3e-05, not 3.0000000000000004e-05
 
     @computed_field
     @property

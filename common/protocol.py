@@ -32,7 +32,7 @@ _START = len(_MAGIC) + 8
 
 Text = Annotated[str, Field(max_length=500)]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")]
-Positive = Annotated[float, Field(gt=0, le=1e12)]
+Positive = Annotated[float, Field(ge=1e-3, le=1e12)]
 
 
 class Part(BaseModel):

@@ -40,7 +40,9 @@ class StudyInfo(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="lower case, digits, hyphens")
     modality: Modality
     description: str = Field(default="", max_length=2000)
-    seed: int = Field(default=0, ge=0, description="seeds the server's public choices only (initial weights, sampling)")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="seeds the server's public choices only (initial weights, sampling)"
+    )
 
 
 class TuningConfig(Settings):

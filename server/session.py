@@ -43,7 +43,8 @@ class Session:
         for site, reason in collected.reasons.items():
             self.progress.warn(f"{step}: {site} left out: {reason}", site=site)
         least, present = self.agreement.study.federation.min_sites, len(collected.accepted)
-        if present < least and not (may_run_out and collected.exhausted):
+        others = len(collected.reasons) - len(collected.exhausted)  # that may answer another time
+        if present < least and not (may_run_out and present + others < least):
             why = "; ".join(f"{site}: {reason}" for site, reason in sorted(collected.reasons.items()))
             raise FederationError(
                 f"{present} usable answers in '{step}', {least} needed ({why or 'no site answered'})",

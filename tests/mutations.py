@@ -39,6 +39,7 @@ PROTOCOL = "tests/unit/common/test_protocol.py"
 COLLECT = "tests/unit/server/test_collect.py"
 CLAIMS = "tests/unit/common/test_claims.py"
 REFERENCE = "tests/unit/client/test_reference.py"
+PLACES = "tests/unit/client/test_places.py"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ MUTATIONS = (
        GATE, ENEMY),
     _m("parts of a release are free", GATE_PY, "self._left[name] -= part**2", "self._left[name] -= 0.0", GATE),
     _m("a sampled sum has parts", GATE_PY, "or (part < 1 - _WHOLE and plan.sample_rate != 1)", "", GATE),
-    _m("the same request is answered anew", GATE_PY, "if path.exists() else None", "if False else None", GATE),
+    _m("the same request is answered anew", GATE_PY, "        if not path.exists():\n", "        if True:\n", GATE),
     _m("an answer is confirmed before it is stored", GATE_PY, "        self._gate.store(data)\n        self.done()\n",
        "        self.done()\n        self._gate.store(data)\n", GATE),
     _m("the policy is not asked again", GATE_PY, "        self.policy.permit(study, approval.plan)\n", "\n",
@@ -164,6 +165,8 @@ MUTATIONS = (
     _m("a mechanism is accounted at half its rate", "common/accounting.py",
        "sample_rate=mechanism.sample_rate(study)", "sample_rate=mechanism.sample_rate(study) / 2", ACCOUNTING),
     _m("releases are not accounted", "common/accounting.py", "self.steps * self.releases)", "self.steps)", ACCOUNTING),
+    _m("the holdout is tested at the cost of the training records", "common/mechanisms.py", '"evaluate", "holdout",',
+       '"evaluate", "train",', ACCOUNTING),
     _m("histograms of two classifiers planned as one", "common/mechanisms.py",
        "return 2 if study.privacy.reference_share > 0 else 1", "return 1", "tests/unit/client/test_stages.py"),
     _m("shares are not looked at together", "common/accounting.py", "        if cost > epsilon:\n",
@@ -178,17 +181,24 @@ MUTATIONS = (
     _m("the claim forgets that a person may be at every site", "common/claims.py",
        "return sum(site.epsilon for site in self.sites)", "return self.epsilon_max", CLAIMS),
     # the gradient
-    _m("rows that fill a batch enter", "client/privacy/gradients.py", "rows[:real]", "rows[:]", GRADIENTS),
-    _m("the last batch is not filled", "client/privacy/gradients.py", "missing = self._physical - len(labels)",
-       "missing = 0", GRADIENTS),
+    _m("rows of empty places enter", "client/privacy/gradients.py", "name: rows[taken] for", "name: rows for",
+       GRADIENTS),
     _m("windows stand for the record", "common/model/record_rule.py", "backprops.sum(dim=1)", "backprops[:, 0]",
        GRADIENTS, "tests/unit/common/test_record_rule.py"),
-    _m("the loss is not clipped", "client/privacy/gradients.py", ".clamp(0.0, loss_curve.LARGEST_LOSS)", "",
-       GRADIENTS, GATE),
+    _m("the loss's part has a bound of its own choosing", "client/privacy/gradients.py",
+       "loss_curve.LOSS_SHARE * self._norm)", "self._norm)", GRADIENTS, GATE),
     _m("gradient and loss each have the whole norm", "client/privacy/gradients.py",
        "loss_curve.gradient_norm(self._norm) if self._loss_part else self._norm", "self._norm", GRADIENTS, GATE),
-    _m("a network whose rounding depends on the place is taken", "client/privacy/gradients.py",
-       "return size if _alike[key] else 1", "return size", GRADIENTS),
+    _m("a record's place depends on who comes before it", "client/privacy/places.py",
+       "place = choice.integers(0, size, records)", "place = np.arange(records) % size", PLACES),
+    _m("records of one batch share a place", "client/privacy/places.py",
+       "turn = np.arange(records) - first[place[order]]", "turn = np.zeros(records, dtype=np.int64)", PLACES),
+    _m("an approval may be replaced while a request runs", "client/privacy/ledger.py",
+       "if approval is not None and (now is None or now.number != approval):", "if False:", ENEMY),
+    _m("a sum can be written over", BOUND, "return {name: part.clone() for name, part in self._parts.items()}",
+       "return self._parts", BOUNDED),
+    _m("approvals in force do not count", "client/approval.py", "for plan in promised.values() for loss in",
+       "for plan in () for loss in", APPROVAL),
     _m("a network that breaks the record rule is taken", "common/model/record_rule.py", "    if reason:\n",
        "    if False:\n", "tests/unit/common/test_record_rule.py"),
     _m("weights of any size are taken", "common/model/weights.py",

@@ -36,8 +36,8 @@ from common.files import canonical_json, read_json, storage_error, write_json
 Kind = Literal["begun", "reserved", "confirmed", "refused", "approved", "revoked"]
 SQLITE, HEAD, KEY, REPLIES, LOG = "ledger.sqlite", "ledger.head", "ledger.key", "replies", "site.log"
 RESTORE = (
-    "Nothing was spent. Restore the whole state folder (ledger.sqlite, ledger.head, ledger.key, replies) from one"
-    " backup, then run synthward-site verify-ledger; see docs/site.md."
+    "Until then nobody gets an answer. Restore the whole state folder (ledger.sqlite, ledger.head, ledger.key,"
+    " replies) from one backup, then run synthward-site verify-ledger; see docs/site.md."
 )
 _FIRST_HASH = hashlib.sha256(b"synthward ledger").hexdigest()
 _VERSION = 3

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.privacy.ledger import Approval, Ceiling, Ledger
+from client.privacy.ledger import Approval, Bounds, Ceiling, Ledger
 from client.privacy.mechanism import Noisy, gaussian_release
 from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
 from common.accounting import MechanismPlan
 from common.bounded import BoundedSum
-from common.errors import BudgetError, NotApproved
+from common.errors import BudgetError, NotApproved, ReplyError, StorageError
 from common.files import atomic_write
-from common.protocol import Agreement, Answer, Reply, SiteFacts, Spent, encode
+from common.protocol import Agreement, Answer, Reply, SiteFacts, Spent, decode_answer, encode
 
 _KEY = object()
 _WHOLE = 1e-9  # by how much a bound that was added up may miss the whole
@@ -123,6 +123,7 @@ class Gate:
     ) -> None:  # fmt: skip
         self.facts, self.agreement, self.request, self.policy = facts, agreement, request, policy
         self.ledger, self.source, self._replies = ledger, source, replies
+        self._admitted: int | None = None  # number of the approval under which the request was let in
 
     def admit(self) -> Approval:
         """Whether this study gets an answer at all: a question to ledger and policy, never to a record.
@@ -143,12 +144,44 @@ class Gate:
                 remedy="Use the same version of synthward and the same study file everywhere.",
             )  # fmt: skip
         self.policy.permit(study, approval.plan)
+        if self._admitted is None:
+            self._admitted = approval.number
         return approval
 
     def stored(self) -> Released | None:
-        """The answer that this very request has had before, if it had one; sending it again costs nothing."""
+        """The answer that this very request has had before, if it had one; sending it again costs nothing.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
         path = self._replies / f"{self.request}.reply"
-        return Released(path.read_bytes(), key=_KEY) if path.exists() else None
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        try:
+            decode_answer(data)
+        except ReplyError as error:  # a file that was cut is no answer
+            raise StorageError(
+                "a stored answer is damaged", where=str(path), remedy="Restore it from backup."
+            ) from error
+        return Released(data, key=_KEY)
+
+    def require_room(self, *names: str) -> None:
+        """See that one more request of each mechanism would be allowed, before work is done for it; reserves nothing.
+
+        Raises:
+            NotApproved, PolicyRefusal, BudgetError: as `spend` would.
+        """
+        plans = self.admit().plan
+        self.ledger.require_room(*(plans[name] for name in names), **self._bounds())
+
+    def _bounds(self) -> Bounds:
+        study, policy = self.agreement.study, self.policy
+        privacy = study.privacy
+        return {
+            "study": study.sha256, "study_ceiling": Ceiling(privacy.epsilon, privacy.delta, privacy.accountant),
+            "ceiling": Ceiling(policy.max_epsilon, policy.max_delta, policy.accountant),
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def spend(self, *names: str) -> Iterator[Permit]:
@@ -157,14 +190,9 @@ class Gate:
         Raises:
             NotApproved, PolicyRefusal, BudgetError: refused before any record is touched.
         """
-        agreed, policy = self.admit().plan, self.policy
+        agreed = self.admit().plan
         plans = tuple(agreed[name] for name in names)
-        study, privacy = self.agreement.study, self.agreement.study.privacy
-        numbers = self.ledger.reserve(
-            *plans, study=study.sha256, request=self.request,
-            study_ceiling=Ceiling(privacy.epsilon, privacy.delta, privacy.accountant),
-            ceiling=Ceiling(policy.max_epsilon, policy.max_delta, policy.accountant),
-        )  # fmt: skip
+        numbers = self.ledger.reserve(*plans, request=self.request, approval=self._admitted, **self._bounds())
         yield Permit(self, plans, numbers)
 
     def store(self, data: bytes) -> None:

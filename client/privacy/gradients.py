@@ -5,15 +5,13 @@ SPDX-License-Identifier: Apache-2.0
 B records (the study's privacy unit) of a Poisson batch. Opacus's hooks give each record's float32 gradient; its norm is
 taken, and the sum over records made, in float64 from those very numbers (`common/bounded.py`). So one record moves the
 sum by no more than the clipping norm, whatever network, weights or images: rounding inside the network changes what a
-record's gradient is, not how far it reaches. For that the gradients of the others must stay as they are to the last bit
-when a record goes: physical batches have one fixed size (rows that fill them add nothing), and a size in which a row's
-rounding depends on its place is not used (`common/model/record_rule.py: alike_anywhere`).
-Nothing here raises, and no shape depends on, what a record holds.
+record's gradient is, not how far it reaches. The gradients of the others stay as they are to the last bit when a record
+goes: every record is computed at a place of its own in batches of one size (`client/privacy/places.py`), and places
+that nobody has add nothing. Nothing here raises, and no shape depends on, what a record holds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.privacy.places import own_places
 from common import loss_curve
 from common.bounded import BoundedSum, RunningSum, joined
 from common.images import to_unit
-from common.model.record_rule import Loss, RecordGradients, Rows, alike_anywhere, refuse_inexact
+from common.model.record_rule import Loss, RecordGradients, Rows, refuse_inexact
 
 Draw = Callable[[Tensor, Tensor], Rows]  # pixels in [-1, 1] (B, ...), labels (B, ...) -> rows of the loss
 _TRIED = 5  # random records on which a network is tried
-_alike: dict[object, bool] = {}  # what was found in this process, by everything that it depends on
+_MOST = 32  # records of a physical batch: of more places, more stay empty
 
 
 class PrivateGradients:
@@ -51,6 +50,7 @@ class PrivateGradients:
         self._net, self._loss, self._draw, self._physical = net, loss, draw, physical_batch
         self._norm, self._loss_part = max_grad_norm, loss_part
         self._hooked = RecordGradients(net)
+        self._choice = np.random.default_rng()  # of places: no secret, but no matter of the records either
         self.left_out = 0  # records whose gradient was not finite, over all sums: for the site's own eyes
 
     def clipped_sum(self, images: NDArray[Any], labels: NDArray[np.int64]) -> BoundedSum:
@@ -64,21 +64,22 @@ class PrivateGradients:
         bound = loss_curve.gradient_norm(self._norm) if self._loss_part else self._norm
         gradients = RunningSum(shapes, bound)
         curve = RunningSum({"loss": (1,)}, loss_curve.LOSS_SHARE * self._norm) if self._loss_part else None
-        for start in range(0, len(labels), self._physical):
-            part = slice(start, start + self._physical)
-            real = len(labels[part])
-            losses = self._loss(self._net, *self._rows(images[part], labels[part]))
-            gradients.add({name: rows[:real] for name, rows in self._hooked.of(losses).items()})
+        for places in own_places(len(labels), self._physical, self._choice):
+            taken = torch.from_numpy(places >= 0)
+            losses = self._loss(self._net, *self._rows(images, labels, places))
+            gradients.add({name: rows[taken] for name, rows in self._hooked.of(losses).items()})
             if curve is not None:
-                kept = losses.detach()[:real, None].clamp(0.0, loss_curve.LARGEST_LOSS)
+                kept = losses.detach()[taken, None].clamp(0.0, loss_curve.LARGEST_LOSS)
                 curve.add({"loss": kept.double() * loss_curve.scale(self._norm)})
         self.left_out += gradients.left_out
         return joined(gradients.total(), curve.total()) if curve is not None else gradients.total()
 
-    def _rows(self, images: NDArray[Any], labels: NDArray[np.int64]) -> Rows:
-        missing = self._physical - len(labels)
-        images, labels = (np.concatenate([r, np.zeros((missing, *r.shape[1:]), r.dtype)]) for r in (images, labels))
-        return self._draw(_pixels(images), torch.from_numpy(labels))
+    def _rows(self, images: NDArray[Any], labels: NDArray[np.int64], places: NDArray[np.int64]) -> Rows:
+        """One physical batch; at an empty place is a black image of the first class, whose gradient is cut off."""
+        shape, taken = (self._physical,), places >= 0
+        pixels, classes = (np.zeros((*shape, *r.shape[1:]), r.dtype) for r in (images, labels))
+        pixels[taken], classes[taken] = images[places[taken]], labels[places[taken]]
+        return self._draw(_pixels(pixels), torch.from_numpy(classes))
 
     def close(self) -> None:
         """Take the hooks away; the network is as it was."""
@@ -91,15 +92,14 @@ def _pixels(images: NDArray[Any]) -> Tensor:
 
 def physical_batch_for(
     net: nn.Module, loss: Loss, draw: Draw, *, record: tuple[int, ...], label: tuple[int, ...], memory_mb: int,
-    expected_batch: float, name: str, where: str,
+    name: str, where: str,
 ) -> int:  # fmt: skip
-    """One size for every physical batch: room for nearly all Poisson batches, and no more than `memory_mb` hold.
+    """One size for every physical batch: no more records than `memory_mb` hold.
 
     The network is tried first, on random records, so that this may raise.
 
     Args:
         record, label: shapes of one record's images and labels.
-        expected_batch: public estimate of the records per step; never the true number.
         name, where: of the network, for the message.
 
     Raises:
@@ -109,13 +109,7 @@ def physical_batch_for(
     pixels = torch.rand(_TRIED, *record, generator=generator) * 2 - 1
     rows = draw(pixels, torch.zeros(_TRIED, *label, dtype=torch.int64))
     refuse_inexact(net, loss, rows, name=name, where=where)
-    room = math.ceil(expected_batch + 3.0 * math.sqrt(expected_batch))
-    size = max(1, min(room, memory_mb * 1_000_000 // bytes_per_record(net, loss, rows)))
-    trained = tuple((name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad)
-    key = (trained, tuple(r.shape for r in rows), size, torch.get_num_threads())
-    if key not in _alike:
-        _alike[key] = alike_anywhere(net, loss, rows, size)
-    return size if _alike[key] else 1
+    return max(1, min(_MOST, memory_mb * 1_000_000 // bytes_per_record(net, loss, rows)))
 
 
 def bytes_per_record(net: nn.Module, loss: Loss, rows: Rows) -> int:

@@ -16,15 +16,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from client.privacy.chain import Chain, Entry, Kind, NoLedger
 from client.privacy.fingerprints import Fingerprints, in_words
 from common.accounting import PARTITIONS, MechanismPlan, Partition, PrivacyLoss, StudyPlan, epsilon_of
-from common.errors import BudgetError, PolicyRefusal
+from common.errors import BudgetError, NotApproved, PolicyRefusal
 from common.study import Study
 
 __all__ = ["Approval", "Ceiling", "Entry", "Ledger", "NoLedger", "compose"]
 
+MOST_OF_A_STUDY = 100  # refusals that are written: one study must not crowd out the others
 MOST_REFUSALS = 1000  # in the whole ledger: who asks in vain without end must not fill the disk
 
 
@@ -62,6 +64,14 @@ class Approval:
         return cls(entry.number, entry.at, body["by"], entry.study, body["name"], plan, body["data"])
 
 
+class Bounds(TypedDict):
+    """Whose losses are bounded by what: the study's SHA-256, its own ceiling, and that of all studies."""
+
+    study: str
+    study_ceiling: Ceiling
+    ceiling: Ceiling
+
+
 class Ledger:
     """The account of one site, in its state folder; made by `create`, opened by `open`."""
 
@@ -97,8 +107,9 @@ class Ledger:
         return str(self.chain.entries("number = 1")[0].body["ledger"])
 
     def reserve(
-        self, *plans: MechanismPlan, study: str, request: str, study_ceiling: Ceiling, ceiling: Ceiling
-    ) -> tuple[int, ...]:
+        self, *plans: MechanismPlan, study: str, request: str, study_ceiling: Ceiling, ceiling: Ceiling,
+        approval: int | None = None,
+    ) -> tuple[int, ...]:  # fmt: skip
         """Write the loss of one request of each plan as spent, or refuse all.
 
         Args:
@@ -106,6 +117,8 @@ class Ledger:
             request: the request's identity.
             study_ceiling: bounds this study's losses on each partition.
             ceiling: bounds the losses of all studies on each partition.
+            approval: number of the approval under which the request was let in; another one, or none, may have taken
+                its place meanwhile, with other images.
 
         Returns:
             The reservations' numbers, to confirm.
@@ -116,6 +129,9 @@ class Ledger:
         """
         numbers = []
         with self.chain.exclusive():
+            now = self.approval(study)
+            if approval is not None and (now is None or now.number != approval):
+                raise NotApproved("the approval was taken back or made anew meanwhile", where="approval")
             for plan in plans:
                 self._require(plan, study, study_ceiling, ceiling)
                 body = {"request": request, "mechanism": plan.name, "partition": plan.partition,
@@ -123,6 +139,15 @@ class Ledger:
                         "steps": plan.steps, "sensitivity": plan.sensitivity}  # fmt: skip
                 numbers.append(self.chain.append("reserved", study, body).number)
         return tuple(numbers)
+
+    def require_room(self, *plans: MechanismPlan, study: str, study_ceiling: Ceiling, ceiling: Ceiling) -> None:
+        """See that `reserve` would take each plan now; writes nothing.
+
+        Raises:
+            BudgetError: as `reserve`.
+        """
+        for plan in plans:
+            self._require(plan, study, study_ceiling, ceiling)
 
     def confirm(self, *reservations: int) -> None:
         """Note that the reserved mechanisms have run to their end."""
@@ -157,7 +182,8 @@ class Ledger:
     def refused(self, study: Study, **body: str) -> None:
         """Write what was refused to a study that was approved at some time; of others, and of too many, nothing."""
         with self.chain.exclusive():
-            if self._count("approved", study.sha256) and self._count("refused") < MOST_REFUSALS:
+            few = self._count("refused", study.sha256) < MOST_OF_A_STUDY and self._count("refused") < MOST_REFUSALS
+            if self._count("approved", study.sha256) and few:
                 self.chain.append("refused", study.sha256, {"name": study.study.name, **body})
 
     def approval(self, study: str) -> Approval | None:
@@ -256,7 +282,7 @@ class Ledger:
                 raise BudgetError(
                     f"'{plan.name}' would bring epsilon to {cost:.3f}, over the ceiling {bound.epsilon:g} of "
                     + ("this study" if scope else "the site"), where="ledger.ceiling", asked=f"{cost:.3f}",
-                    allowed=f"{bound.epsilon:g}", remedy="Nothing was spent; the site stops here.",
+                    allowed=f"{bound.epsilon:g}", remedy="Nothing was spent for this request; the site stops here.",
                 )  # fmt: skip
 
     def _count(self, kind: Kind, study: str | None = None, where: str = "1", *values: object) -> int:

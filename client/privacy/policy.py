@@ -86,8 +86,11 @@ class SitePolicy(Settings):
 
     def _of_study(self, study: Study) -> Iterator[PolicyRefusal]:
         if self.allowed_studies and study.sha256 not in self.allowed_studies:
-            yield _no("allowed_studies", f"study {study.sha256[:12]}", "the listed studies",
-                      "The site's owner adds the study's SHA-256 to allowed_studies.")  # fmt: skip
+            yield PolicyRefusal(
+                f"study {study.sha256[:12]} asked, the listed studies allowed", where="policy.allowed_studies",
+                asked=f"study {study.sha256[:12]}", allowed="the listed studies",
+                remedy="The site's owner adds the study's SHA-256 to allowed_studies.",
+            )  # fmt: skip
         privacy = study.privacy
         limits = (
             ("max_epsilon", privacy.epsilon, self.max_epsilon, "epsilon"),
@@ -96,26 +99,29 @@ class SitePolicy(Settings):
         )
         for rule, asked, allowed, setting in limits:
             if asked > allowed:
-                yield _no(rule, f"{setting} {asked:g}", f"{allowed:g}", f"Lower privacy.{setting} in the study.")
+                yield _no(rule, f"{setting} {asked:g}", f"{allowed:g}", f"a lower privacy.{setting}")
 
     def _of_mechanisms(self, study: Study, plan: StudyPlan) -> Iterator[PolicyRefusal]:
         privacy = study.privacy
         for mechanism in plan.mechanisms:
             name = mechanism.name
             if name not in self.allowed_mechanisms:
-                yield _no("allowed_mechanisms", name, ", ".join(self.allowed_mechanisms), "Leave the stage out.")
+                yield _no("allowed_mechanisms", name, ", ".join(self.allowed_mechanisms), f"no '{name}'")
             if self.max_stage_share == 1:
                 continue
             alone = epsilon_of([mechanism.whole_loss], delta=privacy.delta, accountant=privacy.accountant)
             if alone > self.max_stage_share * privacy.epsilon:
                 yield _no("max_stage_share", f"{name} at epsilon {alone:.3f} alone",
-                          f"{self.max_stage_share:g} of {privacy.epsilon:g}", "Give that stage less.")  # fmt: skip
+                          f"{self.max_stage_share:g} of {privacy.epsilon:g}", f"less for '{name}'")  # fmt: skip
 
     def _of_records(self, study: Study, cohort: Cohort) -> Iterator[PolicyRefusal]:
         unit = study.privacy.unit
         if unit == "image" and cohort.patients_known and self.unit != "image":
-            yield _no("unit", "privacy unit image", "patient, since patients are known here",
-                      'Set privacy.unit = "patient" in the study.')  # fmt: skip
+            yield PolicyRefusal(
+                "the study protects single images, and patients are known here", where="policy.unit",
+                asked="privacy unit image", allowed="privacy unit patient",
+                remedy='Ask the coordinator for a study with privacy.unit = "patient", or set unit = "image" in [policy].',
+            )  # fmt: skip
         few = (("min_units", f"{cohort.units} training {unit}s", cohort.units, self.min_units),
                ("min_units_per_class", f"{cohort.smallest_class} {unit}s in the smallest class", cohort.smallest_class,
                 self.min_units_per_class))  # fmt: skip
@@ -126,6 +132,9 @@ class SitePolicy(Settings):
                 )
 
 
-def _no(rule: str, asked: str, allowed: str, remedy: str) -> PolicyRefusal:
-    what = f"{asked} asked, {allowed} allowed"
-    return PolicyRefusal(what, where=f"policy.{rule}", asked=asked, allowed=allowed, remedy=remedy)
+def _no(rule: str, asked: str, allowed: str, wanted: str) -> PolicyRefusal:
+    """A study that asks for more than the site gives: the study is the coordinator's, the policy the site's."""
+    return PolicyRefusal(
+        f"{asked} asked, {allowed} allowed", where=f"policy.{rule}", asked=asked, allowed=allowed,
+        remedy=f"Ask the coordinator for a study with {wanted}, or change {rule} in the site file's [policy].",
+    )  # fmt: skip

@@ -34,6 +34,7 @@ def train(site: Site, gate: Gate, request: TrainRequest, arrays: Arrays) -> Rele
         StudyError: the network has no exact gradient per record on this machine.
     """
     study = request.agreement.study
+    gate.require_room("train")
     torch.set_num_threads(site.config.performance.threads)
     model = load_model(study, arrays)
     model.set_trainable(study.training.parameters)
@@ -44,11 +45,12 @@ def train(site: Site, gate: Gate, request: TrainRequest, arrays: Arrays) -> Rele
         else:
             noisy, local = _local_steps(site, study, model, step, permit)
         released = permit.seal(TrainReply(round=request.round), noisy.float32())
-    if local is not None:
-        local.save()
-    if step.left_out:  # for the site's eyes: a record that cannot be trained on is the site's to look at
-        text = f"round {request.round}: {step.left_out} draws of a {study.privacy.unit} had no finite gradient"
-        append_line(site.state / "site.log", f"{text} and counted as zero")
+    with site.logged("keeping the optimizer"):  # the answer is sealed: it leaves, whatever happens here
+        if local is not None:
+            local.save()
+        if step.left_out:  # for the site's eyes: a record that cannot be trained on is the site's to look at
+            text = f"round {request.round}: {step.left_out} {study.privacy.unit}s had no finite gradient"
+            append_line(site.state / "site.log", f"{text} and counted as zero")
     return released
 
 
@@ -75,7 +77,7 @@ class _Step:
         self._choice = np.random.default_rng()  # which image of a patient, like the draws of a loss: no secret
         loss, draw = record_loss(study, self._generator)
         performance = site.config.performance
-        physical = _physical_batch(study, performance.memory_mb, performance.threads, expected_batch)
+        physical = _physical_batch(study, performance.memory_mb)
         self._gradients = PrivateGradients(
             net, loss, draw, max_grad_norm=study.training.max_grad_norm, physical_batch=physical, loss_part=True
         )
@@ -93,7 +95,7 @@ class _Step:
 
 
 @lru_cache(maxsize=32)
-def _physical_batch(study: Study, memory_mb: int, _threads: int, expected_batch: float) -> int:
+def _physical_batch(study: Study, memory_mb: int) -> int:
     """Of the study's network with public weights: those of a request may be anything, and must not decide this."""
     data = study.data
     model = DiffusionModel(study)
@@ -102,5 +104,5 @@ def _physical_batch(study: Study, memory_mb: int, _threads: int, expected_batch:
     loss, draw = record_loss(study, torch.Generator().manual_seed(0))
     return physical_batch_for(
         model, loss, draw, record=(*images, data.channels, data.image_size, data.image_size), label=images,
-        memory_mb=memory_mb, expected_batch=expected_batch, name="the study's network", where="network",
+        memory_mb=memory_mb, name="the study's network", where="network",
     )  # fmt: skip

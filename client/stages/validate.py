@@ -8,19 +8,21 @@ records too; the classifier itself never leaves. A held-out record adds to the h
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Released
+from client.privacy.places import own_places
 from client.reference import private_reference
 from client.site import Site
-from common.bounded import joined
+from common.bounded import BoundedSum, joined
 from common.files import write_json
 from common.metrics import count_scores, figures, score_sum
 from common.model.classifier import BiomarkerClassifier
 from common.protocol import Arrays, ValidateReply, ValidateRequest
 from common.study import Study
 
-_TRIED = 5  # random images on which it is tried that rounding depends on no place in a batch
+_AT_ONCE = 32  # images of a pass
 
 
 def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -> Released:
@@ -32,6 +34,7 @@ def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -
         StudyError: the study's backbone cannot be trained privately.
     """
     study = request.agreement.study
+    gate.require_room("evaluate")
     torch.set_num_threads(site.config.performance.threads)
     classifiers = {
         "synthetic": BiomarkerClassifier.from_state(
@@ -46,13 +49,24 @@ def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -
         )  # fmt: skip
         if reference is not None:
             classifiers["reference"] = reference
-    images, bins = site.holdout.images.images, study.validation.bins
     with gate.spend("evaluate") as permit:
-        sums = [score_sum(site.holdout, c.predict(images), bins, name=name) for name, c in classifiers.items()]
-        released = permit.seal(ValidateReply(), permit.noisy("evaluate", joined(*sums)))
+        sums = joined(*(_sum(site, study, name, c) for name, c in classifiers.items()))
+        released = permit.seal(ValidateReply(), permit.noisy("evaluate", sums))
     if site.config.own_reference:
-        _write_own_reference(site, study, classifiers)
+        with site.logged("its own reference"):  # the answer is sealed: it leaves, whatever happens here
+            _write_own_reference(site, study, classifiers)
     return released
+
+
+def _sum(site: Site, study: Study, name: str, classifier: BiomarkerClassifier) -> BoundedSum:
+    """Counts of one classifier's scores; each image is scored at a place of its own (`client/privacy/places.py`)."""
+    images, choice = site.holdout.images.images, np.random.default_rng()
+    scores = np.zeros((len(images), classifier.classes), dtype=np.float32)
+    for places in own_places(len(images), _AT_ONCE, choice):
+        batch, taken = np.zeros((_AT_ONCE, *images.shape[1:]), dtype=np.uint8), places >= 0
+        batch[taken] = images[places[taken]]
+        scores[places[taken]] = classifier.predict(batch, _AT_ONCE)[taken]
+    return score_sum(site.holdout, scores, study.validation.bins, name=name)
 
 
 def _write_own_reference(site: Site, study: Study, classifiers: dict[str, BiomarkerClassifier]) -> None:
@@ -61,10 +75,10 @@ def _write_own_reference(site: Site, study: Study, classifiers: dict[str, Biomar
         site.splits.train, classes=len(study.data.classes), channels=study.data.channels, config=study.validation,
         seed=study.study.seed, symmetry=study.symmetry,
     )  # fmt: skip
-    held_out = site.holdout.images
+    holdout = site.holdout.images
     report = {
         name: figures(
-            count_scores(c.predict(held_out.images), held_out.labels, study.validation.bins), noise_std=0.0
+            count_scores(c.predict(holdout.images), holdout.labels, study.validation.bins), noise_std=0.0
         ).to_json()
         for name, c in {**classifiers, "trained on this site's real images, not private": own}.items()
     }

@@ -183,8 +183,3 @@ def _unfold(x: Tensor, side: int) -> Tensor:
     b, k, _, d = x.shape
     x = x.view(b, k, side, side, 2, 2, d // 4).permute(0, 1, 2, 4, 3, 5, 6)
     return x.reshape(b, k, 4 * side * side, d // 4)
-
-
-def parameter_count(net: nn.Module) -> int:
-    """Number of trainable numbers."""
-    return sum(parameter.numel() for parameter in net.parameters())

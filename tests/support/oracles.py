@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,26 +77,44 @@ def clipped_loop(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str
     return {name: torch.tensordot(factors, g.double(), dims=1) for name, g in gradients.items()}
 
 
+class _OwnPlaces(np.random.Generator):
+    """Places that belong to the records: number n is always at n · 7 + 3, whoever else is there."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.numbers = np.zeros(0, dtype=np.int64)
+
+    def integers(self, low, high=None, size=None, **_):  # pyright: ignore
+        assert size == len(self.numbers)
+        return (7 * self.numbers + 3) % high
+
+
 class Engine:
-    """`PrivateGradients` on rows whose draws are fixed to the records, as a step's are not."""
+    """`PrivateGradients` on rows whose draws and places belong to the records, so that sums can be compared.
+
+    A step draws both afresh; being private for every such draw, it is private (`client/privacy/places.py`).
+    """
 
     def __init__(
         self, net: nn.Module, loss: Loss, *, max_grad_norm: float, physical_batch: int, loss_part: bool = False
     ):
-        self._made: Rows = ()
-        self._at, self._size = 0, physical_batch
+        self._padded: Rows = ()
+        self._places = _OwnPlaces()
         self.gradients = PrivateGradients(
             net, loss, self._draw, max_grad_norm=max_grad_norm, physical_batch=physical_batch, loss_part=loss_part
         )
+        self.gradients._choice = self._places
 
-    def _draw(self, x: Tensor, y: Tensor) -> Rows:
-        part = [r[self._at : self._at + self._size] for r in self._made[2:]]
-        self._at += self._size
-        return x, y, *(torch.cat([r, r.new_zeros(len(x) - len(r), *r.shape[1:])]) for r in part)
+    def _draw(self, _: Tensor, numbers: Tensor) -> Rows:
+        """The rows of the records with these numbers, from 1; 0 is nobody."""
+        return tuple(r[numbers] for r in self._padded)
 
-    def sum(self, made: Rows) -> BoundedSum:
-        self._made, self._at = made, 0
-        return self.gradients.clipped_sum(made[0].numpy(), made[1].numpy())
+    def sum(self, made: Rows, kept: list[int] | None = None) -> BoundedSum:
+        """Over the records `kept` of `made`; by default over all."""
+        numbers = np.arange(len(made[1])) if kept is None else np.array(kept, dtype=np.int64)
+        self._padded = tuple(torch.cat([r.new_zeros(1, *r.shape[1:]), r]) for r in made)
+        self._places.numbers = numbers
+        return self.gradients.clipped_sum(np.zeros((len(numbers), 1), dtype=np.float32), numbers + 1)
 
 
 def flat(total: BoundedSum) -> Tensor:

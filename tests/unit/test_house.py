@@ -139,6 +139,15 @@ def test_nothing_of_ours_pickles_under_any_name():
         assert not under_cover.search(text), path
 
 
+@pytest.mark.parametrize(
+    ("key", "holders"),
+    [("client.privacy.mechanism._KEY", {"client/privacy/local_steps.py"}), ("common.bounded._KEY", set())],
+)
+def test_the_keys_of_bounded_and_noisy_numbers_are_in_few_hands(key, holders):
+    found = {path for path in FILES if key in _imported(ast.parse(path.read_text()))}
+    assert {path.relative_to(REPOSITORY).as_posix() for path in found} == holders
+
+
 def test_only_the_gate_makes_what_may_leave():
     """The type is imported for annotations; the call and the key stay in one file."""
     makers = set()

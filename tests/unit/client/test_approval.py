@@ -188,12 +188,28 @@ def test_the_same_records_under_a_second_ledger_of_this_machine_are_refused(tmp_
         _approve(first)
 
 
-def test_a_second_ledger_that_cannot_be_read_is_a_warning(tmp_path):
+def test_while_a_second_ledger_of_the_machine_cannot_be_read_nothing_is_approved(tmp_path):
+    """Its images may be the same ones: a folder that is not mounted would else be a fresh account for them."""
     first, second = _hospital(tmp_path / "a"), _hospital(tmp_path / "b", "hospital-b")
     _approve(first)
-    (tmp_path / "a" / "state" / "ledger.head").unlink()
-    warnings = _approve(second)[1].warnings
-    assert any("the ledger of site hospital-a cannot be read" in warning for warning in warnings)
+    (tmp_path / "a" / "state" / "ledger.head").rename(tmp_path / "head")
+    with pytest.raises(PolicyRefusal, match="the ledger of site hospital-a at .* cannot be read") as refused:
+        _approve(second)
+    assert "take its row out of" in refused.value.remedy
+    (tmp_path / "head").rename(tmp_path / "a" / "state" / "ledger.head")
+    with pytest.raises(PolicyRefusal, match="are counted in the ledger of site hospital-a"):
+        _approve(second)
+
+
+def test_a_ceiling_is_not_promised_twice(tmp_path):
+    """An approved study may still spend all of its plan, so another one has only what that leaves."""
+    path = _hospital(tmp_path)  # whose ceiling is 8, as that of either study
+    _approve(path)
+    with pytest.raises(BudgetError, match="over the ceiling"):
+        _approve(path, SECOND)
+    with closing(load_site_config(path).ledger()) as ledger:
+        ledger.revoke(STUDY.sha256, by="Dr. B. Example")
+    assert _approve(path, SECOND)[0].study == SECOND.sha256
 
 
 def test_patients_that_are_known_and_not_protected_are_a_warning(tmp_path):

@@ -120,3 +120,11 @@ def test_a_patient_adds_no_more_than_one_image_however_many_it_has(patients, at_
     everybody, gone = total(images), patients[0]
     rest = total(images.select(np.array([p != gone for p in patients])))
     assert _distance(everybody, rest) <= 1 + 1e-7
+
+
+def test_what_was_made_cannot_be_changed():
+    total = RunningSum({"a": (2,)}, 1.0).total()
+    total.parts["a"] += 7.0
+    assert torch.equal(total.parts["a"], torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(AttributeError):
+        total.bound = 1e-9  # pyright: ignore[reportAttributeAccessIssue]
