@@ -120,7 +120,7 @@ class SitePolicy(Settings):
             yield PolicyRefusal(
                 "the study protects single images, and patients are known here", where="policy.unit",
                 asked="privacy unit image", allowed="privacy unit patient",
-                remedy='Ask the coordinator for a study with privacy.unit = "patient", or set unit = "image" in [policy].',
+                remedy='Ask the coordinator for a study with privacy.unit = "patient", or set [policy] unit = "image".',
             )  # fmt: skip
         few = (("min_units", f"{cohort.units} training {unit}s", cohort.units, self.min_units),
                ("min_units_per_class", f"{cohort.smallest_class} {unit}s in the smallest class", cohort.smallest_class,

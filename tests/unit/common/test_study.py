@@ -25,6 +25,14 @@ def test_a_study_written_out_reads_back_as_the_same_agreement(tmp_path):
     assert study.sha256 == tiny_study().sha256
 
 
+def test_settings_of_a_machine_are_no_part_of_the_agreement(tmp_path):
+    """Waiting time, simulated sites and where the public set lies: another machine, the same study."""
+    here = tiny_study(federation={"timeout_seconds": 5.0}, simulation={"sites": 7, "phantoms_per_site": 90})
+    assert here.sha256 == tiny_study().sha256
+    assert "simulation" not in here.agreed()
+    assert tiny_study(federation={"min_sites": 1}).sha256 != tiny_study().sha256
+
+
 def test_any_changed_setting_changes_the_hash():
     assert tiny_study(training={"rounds": 3}).sha256 != tiny_study().sha256
 
@@ -39,9 +47,14 @@ def test_any_changed_setting_changes_the_hash():
         ('accountant = "rdp"', 'accountant = "pvr"', "privacy.accountant", "'prv' or 'rdp'"),
         ("channels = 1", "channels = 2", "data.channels", "1 or 3"),
         ("image_size = 16", "image_size = 18", "network.patch_size", "divide"),
-        ("heads = [2, 2]", "heads = [3, 2]", "network.heads", "divide"),
-        ("min_sites = 2", "min_sites = 9", "federation.min_sites", "larger than simulation.sites"),
-        ('step = "local"', 'step = "fedsgd"', "training.local_steps", "must be 1"),
+        ("heads = [\n    2,", "heads = [\n    3,", "network.heads", "divide"),
+        ("heads = [\n    2,", "heads = [\n    0,", "network.heads", "greater than or equal to 1"),
+        ("depths = [\n    1,", "depths = [\n    400,", "network.depths", "less than or equal to 16"),
+        ("width = 16", "width = 513", "network.width", "less than or equal to 512"),
+        ("max_grad_norm = 1.0", "max_grad_norm = 1e-44", "training.max_grad_norm", "greater than or equal to 0.001"),
+        ("seed = 3", "seed = 18446744073709551616", "study.seed", "less than"),
+        ("local_steps = 2", "local_steps = 200001", "training.local_steps", "less than or equal to"),
+        ('algorithm = "fedavg"', 'algorithm = "fedsgd"', "training.local_steps", "must be 1"),
         ("components = 4", "components = 16", "moments.components", "not fewer than the 16 px"),
         ("rounds = 2", "rounds = -1", "training.rounds", "greater than or equal to 0"),
         ("[privacy]", "[privcy]", "privcy", "Did you mean 'privacy'?"),
