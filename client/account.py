@@ -13,7 +13,7 @@ from typing import Any
 
 from client.privacy.ledger import Entry, Ledger, compose
 from client.privacy.policy import SitePolicy
-from common.accounting import PARTITIONS, Partition
+from common.mechanisms import PARTITIONS, Partition
 
 MOST_POINTS = 12  # of the curve; each costs the accountant about a second
 

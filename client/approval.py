@@ -22,8 +22,9 @@ from client.privacy.ledger import Approval, Ledger
 from client.privacy.policy import SitePolicy
 from client.registry import Registry
 from client.site import Site
-from common.accounting import PARTITIONS, Partition, PrivacyLoss, StudyPlan, epsilon_of
+from common.accounting import PrivacyLoss, StudyPlan, epsilon_of
 from common.errors import BudgetError, DataError, PolicyRefusal, Refused, StorageError
+from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
 MOST_NAME = 200  # characters of who approves

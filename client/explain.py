@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from client.approval import MOST_STUDIES, Verdict
 from client.site import Site
-from common.accounting import PARTITIONS, MechanismPlan, Partition, StudyPlan, epsilon_of
-from common.mechanisms import BY_NAME
+from common.accounting import MechanismPlan, StudyPlan, epsilon_of
+from common.mechanisms import BY_NAME, PARTITIONS, Partition
 from common.study import Study
 
 _WIDTH = 100

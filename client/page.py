@@ -22,8 +22,8 @@ from client.page_template import TEMPLATE
 from client.privacy.policy import SitePolicy
 from client.registry import open_ledger
 from client.site import load_site_config
-from common.accounting import PARTITIONS
 from common.errors import SynthwardError
+from common.mechanisms import PARTITIONS
 
 HOST = "127.0.0.1"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 240, 46, 34

@@ -111,13 +111,14 @@ MUTATIONS = (
     _m("batches sampled at 2 q in the source", "client/privacy/randomness.py",
        "return self.uniform(records) < sample_rate", "return self.uniform(records) < 2 * sample_rate", MECHANISM, GATE),
     # gate
-    _m("the loss is reserved after the records were touched", GATE_PY, "        numbers = self.ledger.reserve(\n",
-       "        yield Permit(self, plans, ())\n        ceilings = [Ceiling(1e9, 1e-5, 'rdp')] * 2\n"
-       "        self.ledger.reserve(*plans, study=study.sha256, request=self.request, study_ceiling=ceilings[0],\n"
-       "                            ceiling=ceilings[1])\n        return\n        numbers = self.ledger.reserve(\n",
+    _m("the loss is reserved after the records were touched", GATE_PY,
+       "        numbers = self.ledger.reserve("
+       "*plans, request=self.request, approval=self._admitted, **self._bounds())\n"
+       "        yield Permit(self, plans, numbers)\n",
+       "        yield Permit(self, plans, ())\n"
+       "        self.ledger.reserve(*plans, request=self.request, approval=self._admitted, **self._bounds())\n", GATE),
+    _m("the loss is never reserved", GATE_PY, "self.ledger.reserve(*plans, request", "self.ledger.reserve(request",
        GATE),
-    _m("the loss is never reserved", GATE_PY, "            *plans, study=study.sha256,",
-       "            study=study.sha256,", GATE),
     _m("any number can be sealed", GATE_PY, "if type(noisy) is not Noisy:", "if False:", GATE),
     _m("anybody makes noisy numbers", NOISE, "if key is not _KEY:", "if False:", GATE),
     _m("noisy numbers can be written over", NOISE,
@@ -169,8 +170,6 @@ MUTATIONS = (
        '"evaluate", "train",', ACCOUNTING),
     _m("histograms of two classifiers planned as one", "common/mechanisms.py",
        "return 2 if study.privacy.reference_share > 0 else 1", "return 1", "tests/unit/client/test_stages.py"),
-    _m("shares are not looked at together", "common/accounting.py", "        if cost > epsilon:\n",
-       "        if False:\n", ACCOUNTING),
     # the coordinator's door
     _m("values of any type are taken", "common/protocol.py", 'extra="forbid", strict=True',
        'extra="ignore", strict=False', PROTOCOL),

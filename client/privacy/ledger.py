@@ -20,8 +20,9 @@ from typing import TypedDict
 
 from client.privacy.chain import Chain, Entry, Kind, NoLedger
 from client.privacy.fingerprints import Fingerprints, in_words
-from common.accounting import PARTITIONS, MechanismPlan, Partition, PrivacyLoss, StudyPlan, epsilon_of
+from common.accounting import MechanismPlan, PrivacyLoss, StudyPlan, epsilon_of
 from common.errors import BudgetError, NotApproved, PolicyRefusal
+from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
 __all__ = ["Approval", "Ceiling", "Entry", "Ledger", "NoLedger", "compose"]

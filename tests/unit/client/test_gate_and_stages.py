@@ -376,6 +376,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_spent(site):
     bad = [
         {**weights, name: np.full_like(weights[name], value)} for value in (np.nan, np.inf, 1e9, -1e9)
     ] + [{"other": np.zeros(3, np.float32)}, {**weights, name: weights[name].astype(np.float64) * 1e300},
+         {**weights, name: weights[name].astype(np.float64)}, {**weights, name: weights[name].astype(np.float16)},
          {**weights, name: weights[name][:1]}]  # fmt: skip
     request = TrainRequest(agreement=agreement(), round=1, expected_batch=12.0)
     for arrays in bad:

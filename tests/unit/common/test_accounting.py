@@ -104,6 +104,19 @@ def test_an_impossible_budget_says_what_would_be_possible():
         plan_study(study)
 
 
+def test_every_request_that_a_study_may_make_is_in_its_cost():
+    """Each mechanism's steps times its releases, written out from its row: all of them fit below epsilon together."""
+    study = tiny_study(training={"rounds": 20})
+    plan = plan_study(study)
+    for partition in PARTITIONS:
+        everything = [
+            PrivacyLoss(plan[m.name].noise_multiplier, m.sample_rate(study), m.steps(study))
+            for m in wanted(study) if m.partition == partition for _ in range(m.releases(study))
+        ]  # fmt: skip
+        assert len(everything) > 1
+        assert 0.97 * 8.0 < epsilon_of(everything, delta=DELTA, accountant="rdp") <= 8.0
+
+
 def test_a_mechanism_with_a_share_costs_that_share_alone_and_no_more():
     study = tiny_study(privacy={"counts_share": 0.1, "reference_share": 0.25, "moments_share": 0.3})
     for mechanism in wanted(study):

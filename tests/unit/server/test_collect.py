@@ -279,3 +279,10 @@ def test_a_screen_names_what_it_finds():
     screen_norm({"a": np.array([3.0]), "b": np.array([4.0])}, largest=5.0, what="sums")
     with pytest.raises(ReplyError, match="over the bound"):
         screen_norm({"a": np.array([1e300])}, largest=1e200, what="sums")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_by_its_array(value):
+    arrays = {"counts": np.array([3.0, value])}
+    with pytest.raises(ReplyError, match="'counts' has values that are not finite"):
+        screen_arrays(arrays, expected={"counts": (2,)}, dtype="float64")
