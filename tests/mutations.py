@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,14 +208,18 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+def table(mutations: Sequence[Mutation] = MUTATIONS) -> str:
+    """What docs/privacy.md shows."""
+    rows = (f"| {m.name} | `{m.file}` | `{m.tests.split()[0].removeprefix('tests/')}` |" for m in mutations)
+    return "\n".join(["| what is broken | file | noticed by |", "|---|---|---|", *rows])
+
+
 def main() -> int:
     """Run the mutations that are named, or all; the exit code says whether one survived."""
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
     if "--table" in sys.argv:
-        print("| what is broken | file | noticed by |\n|---|---|---|")
-        for mutation in chosen:
-            print(f"| {mutation.name} | `{mutation.file}` | `{mutation.tests.split()[0].removeprefix('tests/')}` |")
+        print(table(chosen))
         return 0
     began, missed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as scratch:
