@@ -203,6 +203,8 @@ def page(
     from common.errors import DataError
     from common.files import atomic_write
 
+    for _config, _open in _ledgers(sites):  # one that is lost stops this command, as every other
+        pass
     if once is not None:
         atomic_write(once, render(sites).encode())
         print(once)

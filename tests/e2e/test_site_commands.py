@@ -189,7 +189,8 @@ def test_a_misspelt_backbone_is_found_before_anything_is_approved(hospital, comm
     "arguments",
     [("check", "site.toml", "--study", "study.toml"), ("explain", "site.toml", "study.toml"),
      ("approve", "site.toml", *STUDY_AND_NAME), ("revoke", "site.toml", *STUDY_AND_NAME), ("budget", "site.toml"),
-     ("serve", "site.toml", "--sockets", "s"), ("verify-ledger", "site.toml"), ("init", "site.toml")],
+     ("serve", "site.toml", "--sockets", "s"), ("verify-ledger", "site.toml"), ("init", "site.toml"),
+     ("page", "site.toml", "--once", "p.html")],
     ids=lambda a: a[0],
 )  # fmt: skip
 @pytest.mark.parametrize("lost", ["ledger.sqlite", "everything", "cut short"])
