@@ -156,7 +156,7 @@ def _error(arguments, monkeypatch, capsys):
      (("approve", "site.toml", "--study", "study.toml", "--by", " "), "no name. Give name and role"),
      (("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A\udcff"), "cannot be printed"),
      (("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A\nB"), "cannot be printed"),
-     (("approve", "site.toml", "--study", "images.toml", "--by", "Dr. A"), "policy.unit: the study protects single images"),
+     (("approve", "site.toml", "--study", "images.toml", "--by", "Dr. A"), "policy.unit: the study protects"),
      (("revoke", "site.toml", *STUDY_AND_NAME), "not approved here. Approved are: none"),
      (("revoke", "site.toml", "--sha256", "abcdef", "--by", "Dr. A"), "not approved here"),
      (("revoke", "site.toml", "--by", "Dr. A"), "Give --study, --sha256 or --name"),
