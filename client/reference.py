@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from client.privacy.gate import Gate
 from client.privacy.gradients import PrivateGradients, physical_batch_for
 from common.errors import BudgetError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import Units
-from common.model.classifier import BiomarkerClassifier, warm_up_and_cosine
+from common.model.classifier import BiomarkerClassifier, cross_entropy, warm_up_and_cosine
 from common.model.weights import LARGEST_WEIGHT
 from common.protocol import bounded_arrays
 from common.study import Study
@@ -48,7 +48,7 @@ def private_reference(
         )
     model = BiomarkerClassifier.fresh(study)
     physical = physical_batch_for(
-        model.net, _loss, _draw, record=(1, data.channels, data.image_size, data.image_size), label=(1,),
+        model.net, cross_entropy, _draw, record=(1, data.channels, data.image_size, data.image_size), label=(1,),
         memory_mb=memory_mb, name=backbone, where="validation.backbone",
     )  # fmt: skip
     try:
@@ -68,7 +68,7 @@ def _train(
     with gate.spend("reference") as permit:
         plan = permit.plan("reference")
         gradients = PrivateGradients(
-            model.net, _loss, _draw, max_grad_norm=plan.sensitivity, physical_batch=physical_batch
+            model.net, cross_entropy, _draw, max_grad_norm=plan.sensitivity, physical_batch=physical_batch
         )
         adam = torch.optim.Adam(parameters.values(), lr=study.validation.reference_learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, warm_up_and_cosine(plan.steps))
@@ -88,7 +88,3 @@ def _train(
 
 def _draw(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     return pixels[:, 0], labels[:, 0]
-
-
-def _loss(net: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(net(pixels), labels, reduction="none")

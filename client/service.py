@@ -41,6 +41,7 @@ from common.protocol import (
     Arrays,
     Refusal,
     Request,
+    Spent,
     decode_arrays,
     decode_request,
     encode,
@@ -78,11 +79,7 @@ class SiteService:
             return _refusal(config, request, error)
 
     def _released(self, config: SiteConfig, ledger: Ledger, request: Request, rest: bytes, number: str) -> Released:
-        agreement, study = request.agreement, request.agreement.study
-        gate = Gate(
-            facts=config.facts(), agreement=agreement, request=number, policy=config.policy, ledger=ledger,
-            source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
-        )  # fmt: skip
+        study, gate = request.agreement.study, _gate(config, ledger, request, number)
         try:
             approval = gate.admit()
             stored = gate.stored()
@@ -105,6 +102,13 @@ class SiteService:
             raise
 
 
+def _gate(config: SiteConfig, ledger: Ledger, request: Request, number: str) -> Gate:
+    return Gate(
+        facts=config.facts(), agreement=request.agreement, request=number, policy=config.policy, ledger=ledger,
+        source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
+    )  # fmt: skip
+
+
 def _refusal(config: SiteConfig | None, request: Request | None, error: Exception) -> bytes:
     """A no that says nothing of records: refusals and what is wrong with a request are told, all else is one text."""
     kind, what, remedy = "Unavailable", "the site cannot answer now", "The site's own log says why."
@@ -125,15 +129,12 @@ def _refusal(config: SiteConfig | None, request: Request | None, error: Exceptio
     return encode(Answer(site=facts, spent=spent, body=body))
 
 
-def _spent(config: SiteConfig, request: Request) -> Any:
+def _spent(config: SiteConfig, request: Request) -> Spent | None:
     """What the ledger holds of an approved study; None for any other."""
     with closing(config.ledger()) as ledger:
         if ledger.approval(request.agreement.study.sha256) is None:
             return None
-        return Gate(
-            facts=config.facts(), agreement=request.agreement, request="", policy=config.policy, ledger=ledger,
-            source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
-        ).spent()  # fmt: skip
+        return _gate(config, ledger, request, "").spent()
 
 
 def _log(config: SiteConfig | None, error: Exception) -> None:

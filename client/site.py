@@ -5,7 +5,6 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from common.errors import DataError
 from common.files import append_line
 from common.images import Units
 from common.protocol import SiteFacts, SiteName
-from common.settings import Settings, settings_error_line
+from common.settings import Settings, read_toml, settings_error_line
 from common.study import Study
 
 
@@ -125,14 +124,7 @@ def load_site_config(path: Path) -> SiteConfig:
     Raises:
         DataError: missing, not TOML, or a key or value cannot be used.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"cannot read the site file ({error.strerror})", where=str(path), remedy="Give the path of a site TOML."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not valid TOML: {error}", where=str(path), remedy="Fix that line.") from error
+    raw = read_toml(path, what="site", error=DataError)
     try:
         config = SiteConfig.model_validate(raw)
     except ValidationError as error:

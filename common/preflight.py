@@ -8,9 +8,9 @@ A misspelt network would else be found by the last stage, when the sites have pa
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from common.errors import StudyError
+from common.model.classifier import cross_entropy
 from common.model.diffusion import NoiseSchedule, record_loss
 from common.model.diffusion_model import DiffusionModel
 from common.model.record_rule import refuse_inexact
@@ -65,8 +65,4 @@ def _try_backbone(study: Study) -> None:
     if study.privacy.reference_share > 0:
         rows = (torch.rand(_ROWS, data.channels, data.image_size, data.image_size) * 2 - 1,
                 torch.arange(_ROWS) % len(data.classes))  # fmt: skip
-        refuse_inexact(net, _cross_entropy, rows, name=backbone, where="validation.backbone")
-
-
-def _cross_entropy(net: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(net(pixels), labels, reduction="none")
+        refuse_inexact(net, cross_entropy, rows, name=backbone, where="validation.backbone")

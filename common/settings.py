@@ -6,9 +6,32 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import difflib
-from typing import get_args
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import SynthwardError
+
+
+def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str, Any]:
+    """Read a settings file.
+
+    Args:
+        what: what it is called in the message, as "study".
+        error: the kind that is raised where it is missing, not TOML, or not text.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(
+            f"cannot read the {what} file ({cause.strerror})",
+            where=str(path),
+            remedy=f"Give the path of a {what} TOML.",
+        ) from cause  # fmt: skip
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        raise error(f"not valid TOML: {cause}", where=str(path), remedy="Fix that line.") from cause
 
 
 class Settings(BaseModel):

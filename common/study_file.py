@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from common.errors import StudyError
-from common.settings import settings_error_line
+from common.settings import read_toml, settings_error_line
 from common.study import Study
 
 
@@ -27,14 +27,7 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
     Raises:
         StudyError: the file is missing, not TOML, or a key or value cannot be used; one line, nearest key named.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(
-            f"cannot read the study file ({error.strerror})", where=str(path), remedy="Give the path of a study TOML."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"not valid TOML: {error}", where=str(path), remedy="Fix that line.") from error
+    raw = read_toml(path, what="study", error=StudyError)
     for override in overrides:
         _apply_override(raw, override)
     return parse_study(raw, where=str(path))

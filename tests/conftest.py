@@ -9,6 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ _SUITES = ("integration", "statistical", "e2e")
 def _own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test is a machine of its own, on which there is no ledger yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "machine"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors: more threads only wait for each other, above all on busy machines."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

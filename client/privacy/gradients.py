@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.privacy.places import own_places
+from client.privacy.places import at_places, own_places
 from common import loss_curve
 from common.bounded import BoundedSum, RunningSum, joined
 from common.images import to_unit
@@ -66,20 +66,15 @@ class PrivateGradients:
         curve = RunningSum({"loss": (1,)}, loss_curve.LOSS_SHARE * self._norm) if self._loss_part else None
         for places in own_places(len(labels), self._physical, self._choice):
             taken = torch.from_numpy(places >= 0)
-            losses = self._loss(self._net, *self._rows(images, labels, places))
+            # At an empty place is a black image of the first class, whose gradient is cut off.
+            pixels, classes = at_places(images, places), at_places(labels, places)
+            losses = self._loss(self._net, *self._draw(_pixels(pixels), torch.from_numpy(classes)))
             gradients.add({name: rows[taken] for name, rows in self._hooked.of(losses).items()})
             if curve is not None:
                 kept = losses.detach()[taken, None].clamp(0.0, loss_curve.LARGEST_LOSS)
                 curve.add({"loss": kept.double() * loss_curve.scale(self._norm)})
         self.left_out += gradients.left_out
         return joined(gradients.total(), curve.total()) if curve is not None else gradients.total()
-
-    def _rows(self, images: NDArray[Any], labels: NDArray[np.int64], places: NDArray[np.int64]) -> Rows:
-        """One physical batch; at an empty place is a black image of the first class, whose gradient is cut off."""
-        shape, taken = (self._physical,), places >= 0
-        pixels, classes = (np.zeros((*shape, *r.shape[1:]), r.dtype) for r in (images, labels))
-        pixels[taken], classes[taken] = images[places[taken]], labels[places[taken]]
-        return self._draw(_pixels(pixels), torch.from_numpy(classes))
 
     def close(self) -> None:
         """Take the hooks away; the network is as it was."""

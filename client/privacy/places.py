@@ -12,6 +12,8 @@ is private (the draws are independent of the records).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,3 +32,10 @@ def own_places(records: int, size: int, choice: np.random.Generator) -> NDArray[
     batches = np.full((int(turn.max()) + 1 if records else 0, size), -1, dtype=np.int64)
     batches[turn, place[order]] = order
     return batches
+
+
+def at_places(rows: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+    """One batch: each record's row at its place, and zeros where nobody is."""
+    batch, taken = np.zeros((len(places), *rows.shape[1:]), dtype=rows.dtype), places >= 0
+    batch[taken] = rows[places[taken]]
+    return batch

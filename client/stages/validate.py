@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from client.privacy.gate import Gate, Released
-from client.privacy.places import own_places
+from client.privacy.places import at_places, own_places
 from client.reference import private_reference
 from client.site import Site
 from common.bounded import BoundedSum, joined
@@ -63,9 +63,8 @@ def _sum(site: Site, study: Study, name: str, classifier: BiomarkerClassifier) -
     images, choice = site.holdout.images.images, np.random.default_rng()
     scores = np.zeros((len(images), classifier.classes), dtype=np.float32)
     for places in own_places(len(images), _AT_ONCE, choice):
-        batch, taken = np.zeros((_AT_ONCE, *images.shape[1:]), dtype=np.uint8), places >= 0
-        batch[taken] = images[places[taken]]
-        scores[places[taken]] = classifier.predict(batch, _AT_ONCE)[taken]
+        taken = places >= 0
+        scores[places[taken]] = classifier.predict(at_places(images, places), _AT_ONCE)[taken]
     return score_sum(site.holdout, scores, study.validation.bins, name=name)
 
 

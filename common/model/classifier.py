@@ -152,6 +152,11 @@ class BiomarkerClassifier:
         return cls(net, classes=classes, channels=channels, image_size=side, backbone=backbone)
 
 
+def cross_entropy(net: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Loss of each record, (B,), of pixels (B, C, H, W) and labels (B,)."""
+    return nn.functional.cross_entropy(net(pixels), labels, reduction="none")
+
+
 def _learnt(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in net.state_dict().items() if value.dtype == torch.float32}
 

@@ -33,12 +33,7 @@ GEOMETRIES = [
 QUICK = [(2, 8, "all"), (8, 1, "head"), (4, 2, "modulation")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class _Case:

@@ -22,13 +22,7 @@ SHAPES = [(28, 1, 2, True), (28, 3, 2, False), (64, 3, 4, True), (64, 3, 8, Fals
 HUGE = 1e9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors: more threads only wait for each other, above all on busy machines."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(dtype=torch.float64):

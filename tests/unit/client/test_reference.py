@@ -23,12 +23,7 @@ STUDY = tiny_study(validation={"reference_steps": 3}, privacy={"reference_share"
 PLAN = plan_study(STUDY)["reference"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class _Noisy:

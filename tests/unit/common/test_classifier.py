@@ -5,7 +5,6 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -32,13 +31,7 @@ class Sizes(TypedDict):
 SIZES: Sizes = {"classes": 2, "channels": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: more threads only wait for each other, above all on busy machines."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def easy(count: int, seed: int, side: int = 28) -> ImageSet:

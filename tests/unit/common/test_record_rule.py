@@ -14,13 +14,7 @@ from common.model.record_rule import RecordGradients, refuse_inexact
 from common.model.timm_backbones import create_backbone, import_timm
 from support.oracles import losses, randomised_net, rows
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _sums(net, x, _y):
