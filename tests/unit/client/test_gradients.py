@@ -176,7 +176,7 @@ def test_memory_bounds_the_physical_batch():
     per_record = bytes_per_record(small(torch.float32), losses, rows(1, size=16, channels=1, draws=2))
     net = small(torch.float32)
     assert per_record > 4 * sum(p.numel() for p in net.parameters())
-    assert _size(100_000) == 32
+    assert _size(100_000) == 16
     assert _size(2) == 2_000_000 // per_record
     assert _size(0) == 1
 

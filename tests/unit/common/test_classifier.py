@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import copy
 from typing import TypedDict
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from common.errors import DataError, ReplyError, StudyError
 from common.images import ImageSet
 from common.model.classifier import BiomarkerClassifier, _augment
-from common.model.timm_backbones import create_backbone, import_timm, without_batch_norm
+from common.model.timm_backbones import create_backbone, import_timm, with_group_norms
 from common.model.weights import LARGEST_WEIGHT
 from common.study import ValidationConfig
 
@@ -162,10 +163,20 @@ def test_group_norm_keeps_the_activation_that_timm_folds_into_its_norm() -> None
     import_timm()
     from timm.layers import BatchNormAct2d
 
-    net = without_batch_norm(nn.Sequential(BatchNormAct2d(12)))
+    net = with_group_norms(nn.Sequential(BatchNormAct2d(12)))
     found = net(torch.randn(2, 12, 4, 4)).detach()
     assert float(found.min()) == 0.0
     assert [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)] == [6]
+
+
+def test_a_norm_with_an_activation_is_taken_apart_and_computes_the_same() -> None:
+    """Opacus has a formula for nn.GroupNorm itself; for timm's subclass it would differentiate record by record."""
+    torch.manual_seed(0)
+    whole = import_timm().create_model("test_efficientnet_gn", num_classes=2, in_chans=1)
+    apart = with_group_norms(copy.deepcopy(whole))
+    assert {type(m) for m in apart.modules() if isinstance(m, nn.GroupNorm)} == {nn.GroupNorm}
+    images = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(apart.eval()(images), whole.eval()(images))
 
 
 def test_no_layer_of_a_backbone_changes_what_it_was_given() -> None:
