@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
                 "max_study_delta": privacy.delta, "accountant": privacy.accountant, "min_units": 2,
                 "unit": "image" if privacy.unit == "image" else "patient where known",
             },
-            "performance": {"threads": os.cpu_count() or 1},
+            "performance": {"threads": max(1, _cores() // _at_once(simulation.sites))},
         }  # fmt: skip
         path = folder / f"{name}.toml"
         atomic_write(path, f"# A simulated site, written by `synthward run`\n{tomli_w.dumps(site)}".encode())
@@ -107,7 +107,7 @@ def approve(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
 
 
 def simulate(folder: RunFolder) -> None:
-    """Run the study of `folder`: its simulated sites in a process of their own, Flower's engine in this one.
+    """Run the study of `folder`: its simulated sites in processes of their own, Flower's engine in this one.
 
     Raises:
         SynthwardError: as the pipeline raises them.
@@ -115,7 +115,7 @@ def simulate(folder: RunFolder) -> None:
     """
     path = [entry for entry in sys.path if entry]  # the other processes see the same packages as this one
     os.environ |= {**_QUIET, "SYNTHWARD_RUN": str(folder.path.resolve()), "PYTHONPATH": os.pathsep.join(path)}
-    with tempfile.TemporaryDirectory(prefix="sw-") as sockets, _site_process(_sites(folder), Path(sockets)):
+    with tempfile.TemporaryDirectory(prefix="sw-") as sockets, _site_processes(_sites(folder), Path(sockets)):
         os.environ["SYNTHWARD_SOCKETS"] = sockets
         _simulate(folder)
 
@@ -124,13 +124,13 @@ def _simulate(folder: RunFolder) -> None:
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    cores = os.cpu_count() or 1
+    sites, cores = _sites(folder), _cores()
     try:
         run_simulation(
-            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP), num_supernodes=len(_sites(folder)),
-            # One worker: it only carries bytes, since the work is done in the sites' own process.
+            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP), num_supernodes=len(sites),
+            # A worker for each process of sites: it only carries bytes, since the work is done there.
             backend_config={
-                "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
+                "client_resources": {"num_cpus": cores // _at_once(len(sites)), "num_gpus": 0.0},
                 "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False,
                               "logging_level": "ERROR"},
             },
@@ -143,21 +143,46 @@ def _simulate(folder: RunFolder) -> None:
         ) from error
 
 
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _at_once(sites: int) -> int:
+    """How many simulated sites work at the same time: as many as there are cores, each with its share of them."""
+    return min(sites, _cores())
+
+
 @contextmanager
-def _site_process(sites: list[Path], sockets: Path) -> Iterator[None]:
-    """`synthward-site serve` for all simulated sites; it ends with this process, however this one ends."""
+def _site_processes(sites: list[Path], sockets: Path) -> Iterator[None]:
+    """`synthward-site serve` for all simulated sites, dealt to processes; they end with this one, however it ends."""
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(_site_process(sites[number :: _at_once(len(sites))], sockets, number))
+            for number in range(_at_once(len(sites)))
+        ]
+        for wait_until_ready in started:
+            wait_until_ready()
+        yield
+
+
+@contextmanager
+def _site_process(sites: list[Path], sockets: Path, number: int) -> Iterator[Callable[[], None]]:
+    """One of them, starting; what it gives waits until it is ready."""
     command = [sys.executable, "-m", "client.cli", "serve", "--while-stdin", "--sockets", str(sockets)]
     command += map(str, sites)
-    with (sockets / "log").open("w+") as log:
+    with (sockets / f"log-{number}").open("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdin is not None and process.stdout is not None
+
+        def wait_until_ready() -> None:
+            assert process.stdout is not None
             if not process.stdout.readline().startswith("ready"):
                 process.wait()
                 log.seek(0)
                 lines = log.read().strip().splitlines() or ["the sites' process did not start"]
                 raise DataError(lines[-1].removeprefix("error: "))
-            yield
+
+        try:
+            yield wait_until_ready
         finally:
             process.communicate()
 

@@ -25,7 +25,7 @@ class Estimate:
 
     Attributes:
         parameters: of the diffusion network; `trained` of them at the sites.
-        pretrain_seconds, train_seconds, generate_seconds: from a short measurement here; all sites taking turns.
+        pretrain_seconds, train_seconds, generate_seconds: from a short measurement here, the sites one after another.
         megabytes: model traffic of one site over the whole study, both ways.
     """
 
