@@ -3,7 +3,7 @@
 SPDX-License-Identifier: Apache-2.0
 
 Run: .venv/bin/python -m benchmarks.step_time [--threads 1] [--repeats 5]
-One line per geometry of a shipped study, what is trained ("modulation": biases, labels and last layers), noise draws
+One line per geometry of a shipped study, what is trained ("bias": biases, norms, labels and last layer), noise draws
 per record (K) and width. Both steps begin with pixels and end with moved weights or a clipped float64 sum.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
           f"{'plain s':>9}{'private s':>11}{'ratio':>7}")  # fmt: skip
     for name, batch in (("pneumonia", 64), ("histology", 64), ("fundus", 16)):
         study = load_study(CONFIGS / f"{name}.toml")
-        for which, draws, width in itertools.product(("modulation", "all"), (1, 4), (32, 64)):
+        for which, draws, width in itertools.product(("bias", "all"), (1, 4), (16, 32)):
             sized = study.model_copy(update={
                 "network": study.network.model_copy(update={"width": width}),
                 "diffusion": study.diffusion.model_copy(update={"noise_multiplicity": draws}),

@@ -62,9 +62,9 @@ def _purpose(study: Study) -> Iterator[str]:
     )  # fmt: skip
     if study.pretrain.sha256 is not None:
         yield (
-            "Before it asks any hospital, the coordinator trains the model on images that it holds to be public: a "
-            f"file with SHA-256 {study.pretrain.sha256}. People in it are not protected. Ask whose images these are, "
-            "and whether any are from here."
+            "The coordinator also trains the model on images that it holds to be public, matched to what the hospitals "
+            f"release of theirs: a file with SHA-256 {study.pretrain.sha256}. People in it are not protected. Ask "
+            "whose images these are, and whether any are from here."
         )
 
 

@@ -134,7 +134,7 @@ COMPOSITION = tuple(
     )
 )  # fmt: skip
 POST_PROCESSING = (
-    "the Gaussian that the model starts from, made of the noisy moments",
+    "carrying public images to the noisy moments, and training the network on them",
     "averaging the sites' updates, and the moving average of the weights",
     "sampling the synthetic images",
     "training the classifier on the synthetic images",
@@ -165,7 +165,7 @@ class Claim(Part):
     ended: Date = Field(default="", description="date from which on no site was asked anything; empty = not known")
     public_sha256: str = Field(
         default="", pattern=r"^([0-9a-f]{64})?$",
-        description="of the public image set that the network learnt from first; empty = none but phantoms",
+        description="of the public image set that the network learnt from, too; empty = none but phantoms",
     )  # fmt: skip
 
     @classmethod
@@ -182,7 +182,7 @@ class Claim(Part):
             mechanisms=tuple(MechanismClaim.of(each) for each in plan.mechanisms), sites=tuple(sites),
             unprotected=unprotected, libraries=libraries, tuning=TuningClaim(**study.tuning.model_dump()),
             begun=begun, ended=ended,
-            public_sha256=(study.pretrain.sha256 or "") if study.training.rounds else "",
+            public_sha256=study.pretrain.sha256 or "",
         )  # fmt: skip
 
     @model_validator(mode="after")
@@ -314,7 +314,7 @@ def _sentences(claim: Claim) -> tuple[str, ...]:
         f"Each site's ledger enforces the ceiling of epsilon {claim.epsilon_ceiling:g} for this study; what other "
         "studies on the same records cost is not in these figures.",
         f"{tuning[0].upper()}{tuning[1:]}.",
-        "The network first learnt from images that the coordinator holds to be public (file with SHA-256 "
+        "The network learnt from images, too, that the coordinator holds to be public (file with SHA-256 "
         f"{claim.public_sha256[:16]}…): whoever is in them is not covered by these figures." if claim.public_sha256
         else "",
         f"Losses are added up by Opacus's {claim.accountant.upper()} accountant over every noisy answer that was "

@@ -118,7 +118,12 @@ def _read_array(archive: NpzFile, key: str, path: Path) -> NDArray[Any]:
     return array
 
 
-def _read_images(archive: NpzFile, key: str, path: Path, schema: DataConfig) -> NDArray[np.uint8]:
+def read_pixels(archive: NpzFile, key: str, path: Path) -> NDArray[np.uint8]:
+    """Images of any size (N, C, H, W), with C 1 or 3.
+
+    Raises:
+        DataError: as `read_partition`, but for the size.
+    """
     where = f"{path}: {key}"
     array = _read_array(archive, key, path)
     if array.dtype != np.uint8:
@@ -144,7 +149,17 @@ def _read_images(archive: NpzFile, key: str, path: Path, schema: DataConfig) -> 
         raise DataError(
             f"shape {array.shape} has the channels first", where=where, remedy="Move the channels to the last axis."
         )
-    _, height, width, channels = array.shape
+    if array.shape[3] not in (1, 3):
+        raise DataError(
+            f"images have {array.shape[3]} channels, 1 or 3 needed", where=where, remedy="Save them grey or in colour."
+        )
+    return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+
+
+def _read_images(archive: NpzFile, key: str, path: Path, schema: DataConfig) -> NDArray[np.uint8]:
+    where = f"{path}: {key}"
+    array = read_pixels(archive, key, path)
+    _, channels, height, width = array.shape
     side = schema.image_size
     if (height, width) != (side, side):
         raise DataError(
@@ -158,7 +173,7 @@ def _read_images(archive: NpzFile, key: str, path: Path, schema: DataConfig) -> 
             where=where,
             remedy="Convert them to grey." if schema.channels == 1 else "Save them as red, green, blue.",
         )
-    return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+    return array
 
 
 def _read_integers(archive: NpzFile, key: str, path: Path, *, expected: int) -> NDArray[Any]:

@@ -11,7 +11,7 @@ import torch
 
 from common.errors import StudyError
 from common.model.classifier import cross_entropy
-from common.model.diffusion import NoiseSchedule, record_loss
+from common.model.diffusion import record_loss
 from common.model.diffusion_model import DiffusionModel
 from common.model.record_rule import refuse_inexact
 from common.model.samplers import sample
@@ -36,7 +36,7 @@ def try_study(study: Study) -> None:
 
 
 def _try_diffusion(study: Study) -> None:
-    data, diffusion = study.data, study.diffusion
+    data = study.data
     shape = (data.channels, data.image_size, data.image_size)
     try:
         model = DiffusionModel(study)
@@ -49,8 +49,7 @@ def _try_diffusion(study: Study) -> None:
         if study.generation.steps <= _QUICK:
             sample(
                 model, torch.zeros(1, dtype=torch.int64), null_label=len(data.classes), shape=shape,
-                schedule=NoiseSchedule(diffusion.timesteps), config=study.generation,
-                generator=torch.Generator().manual_seed(0),
+                config=study.generation, seeds=[0],
             )  # fmt: skip
     except StudyError:
         raise

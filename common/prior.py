@@ -1,4 +1,4 @@
-"""A Gaussian per class, from private moments or from public knowledge alone: what the diffusion model starts from.
+"""A Gaussian per class, from private moments: where public images are carried to.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -25,7 +25,7 @@ from common.moments import (
     unpack,
 )
 
-_SMALLEST = 0.05  # of the median variance: noise may leave no variance at all
+_SMALLEST = 0.05  # of the guess's variance, at the private scale: noise may leave no variance at all
 _TYPICAL = 0.05  # squared, how far a class's mean factor is from 1 as a rule, and its factors from that mean
 _LEAST, _MOST = 0.2, 5.0  # of a class's factor in a band
 _LARGEST_BACK = 16.0  # of a squared length: clipping at a quarter
@@ -37,9 +37,9 @@ class Prior:
     """Gaussian images per class: its mean, and a covariance that is one for all classes but for the scale of each band.
 
     Attributes:
-        means: (K + 1, d); the last is the mean of all, for an image of unknown class.
-        covariances: (K + 1, d, d), of low coordinates; the last is that of all images.
-        high: (K + 1, C, S, S), variance of each coordinate; 0 at the low ones.
+        means: (K, d).
+        covariances: (K, d, d), of low coordinates.
+        high: (K, C, S, S), variance of each coordinate; 0 at the low ones.
     """
 
     space: Coordinates
@@ -48,19 +48,9 @@ class Prior:
     high: Floats
 
     @classmethod
-    def public(cls, space: Coordinates, classes: int) -> Prior:
-        """What is known before any data: mid-grey on average, with the spectrum of natural images."""
-        variances = np.square(space.spectrum * space.weights)
-        covariance = np.diag(variances[space.low])
-        return cls(
-            space, np.zeros((classes + 1, space.dimension)), np.repeat(covariance[None], classes + 1, axis=0),
-            np.repeat(np.where(space.low, 0.0, variances)[None], classes + 1, axis=0),
-        )  # fmt: skip
-
-    @classmethod
     def fit(
         cls, space: Coordinates, sums: Floats, second_moments: Floats, band_power: Floats, norm: Floats, counts: Floats,
-        *, noise_std: float,
+        *, noise_std: float, public: Floats,
     ) -> Prior:  # fmt: skip
         """From noisy sums over all sites.
 
@@ -68,25 +58,20 @@ class Prior:
             sums, second_moments, band_power, norm: of `class_sums` and `spread_sums`.
             counts: (K,), noisy.
             noise_std: of each number in the sums.
+            public: (d, d), covariance of public images: what stands where noise leaves nothing of the sums.
         """
         counts = np.maximum(counts, 1.0)
-        shares, total = counts / counts.sum(), counts.sum()
+        total = counts.sum()
         means = class_means(sums, counts, space, noise_std=noise_std)
         back = taken_by_clipping(band_power, norm, noise_std=noise_std)
         scale = back * SPREAD_CLIP_NORM**2 / total / SECOND_MOMENTS_PART
-        within = _symmetric(space, unpack(second_moments, space.dimension) * scale, noise_std * scale)
-        overall = shares @ means
-        apart = means - overall
-        everything = within + (apart.T * shares) @ apart
+        within = _symmetric(space, unpack(second_moments, space.dimension) * scale, noise_std * scale, public)
         power = np.maximum(band_power.sum(axis=0) * back * SPREAD_CLIP_NORM**2 / total / BAND_POWER_PART, 0.0)
         high = _spread(space, power)
         factors = band_factors(band_power, counts, noise_std=noise_std)
         stretch = np.sqrt(factors[:, space.bands[space.low]])
-        covariances = np.concatenate([stretch[:, :, None] * within * stretch[:, None, :], everything[None]])
-        return cls(
-            space, np.vstack([means, overall]), covariances,
-            np.concatenate([high * factors[:, space.bands], high[None]]),
-        )  # fmt: skip
+        covariances = stretch[:, :, None] * within * stretch[:, None, :]
+        return cls(space, means, covariances, high * factors[:, space.bands])
 
 
 def taken_by_clipping(band_power: Floats, norm: Floats, *, noise_std: float) -> float:
@@ -124,44 +109,63 @@ def band_factors(band_power: Floats, counts: Floats, *, noise_std: float) -> Flo
     return drawn
 
 
-def _symmetric(space: Coordinates, noisy: Floats, noise_std: float) -> Floats:
+def _symmetric(space: Coordinates, noisy: Floats, noise_std: float, public: Floats) -> Floats:
     """`cleaned`, block by block of the space's symmetry: what it forbids is noise, what it repeats is averaged.
 
     Noise on a packed matrix is the same in every orthonormal basis, so each block is cleaned as a matrix of its own.
     """
     whole = np.zeros_like(noisy)
     for bases in space.blocks:
-        mean = np.mean([basis.T @ noisy @ basis for basis in bases], axis=0)
-        clean = cleaned(mean, noise_std / math.sqrt(len(bases)))
+        mean, guess = (np.mean([basis.T @ m @ basis for basis in bases], axis=0) for m in (noisy, public))
+        clean = cleaned(mean, noise_std / math.sqrt(len(bases)), guess)
         for basis in bases:
             whole += basis @ clean @ basis.T
     return whole
 
 
-def cleaned(noisy: Floats, noise_std: float) -> Floats:
+def cleaned(noisy: Floats, noise_std: float, guess: Floats) -> Floats:
     """A covariance (d, d) from a noisy one: positive definite, and without most of what noise alone puts into it.
 
-    Variances are taken as they are. Each correlation is drawn towards none by the share of noise in it, which is large
-    where the variances are small; how large real correlations are is estimated from all of them together (Wiener's
-    filter; Efron and Morris 1973). Eigenvalues of what comes out are at least 1 - _STEEPEST.
+    All is done along the guess's own directions, for noise is alike in every basis, and it must not show where images
+    hardly vary at all. Variances there, as multiples of the guess's, and correlations are drawn towards the guess by
+    the share of noise in each; how far real ones are from it is estimated from all of them together (Wiener's filter;
+    Efron and Morris 1973). Eigenvalues of the correlations that come out are at least 1 - _STEEPEST.
 
     Args:
         noise_std: of a diagonal entry; 1/sqrt(2) of it off the diagonal.
+        guess: (d, d), positive definite, of any scale.
     """
-    diagonal = np.diag(noisy)
-    floor = max(float(np.median(np.abs(diagonal))) * _SMALLEST, 1e-9)
-    variances = np.maximum(diagonal, floor)
-    std = np.sqrt(variances)
-    correlation = noisy / np.outer(std, std)
-    noise = np.maximum(noise_std**2 / 2.0 / np.outer(variances, variances), 1e-12)
-    weights = np.where(np.eye(len(noisy)) > 0, 0.0, 1.0 / noise)
-    real = max(float((weights * (np.square(correlation) - noise)).sum() / max(weights.sum(), 1e-300)), 1e-9)
-    drawn = np.where(weights > 0, correlation * real / (real + noise), 1.0)
-    values, vectors = np.linalg.eigh(drawn)
-    drawn = (vectors * np.maximum(values, 1.0 - _STEEPEST)) @ vectors.T
-    rescale = std / np.sqrt(np.diag(drawn))
-    whole: Floats = drawn * np.outer(rescale, rescale)
+    own, basis = np.linalg.eigh(guess)
+    noisy = basis.T @ noisy @ basis
+    ratio, noise = np.diag(noisy) / own, np.square(noise_std / own)
+    scale = max(_mean(ratio, noise), _SMALLEST * abs(float(np.trace(noisy))) / float(own.sum()), 1e-9)
+    variances = own * np.maximum(scale + _drawn(ratio - scale, noise), _SMALLEST * scale)
+    std, off = np.sqrt(variances), ~np.eye(len(noisy), dtype=bool)
+    correlation = np.eye(len(noisy))
+    noise = noise_std**2 / 2.0 / np.outer(variances, variances)
+    correlation[off] = _drawn((noisy / np.outer(std, std))[off], noise[off])
+    values, vectors = np.linalg.eigh(correlation)
+    correlation = (vectors * np.maximum(values, 1.0 - _STEEPEST)) @ vectors.T
+    std = std / np.sqrt(np.diag(correlation))
+    whole: Floats = basis @ (correlation * np.outer(std, std)) @ basis.T
     return whole
+
+
+def _mean(values: Floats, noise: Floats) -> float:
+    """Mean by inverse variance."""
+    noise = np.maximum(noise, 1e-12)
+    return float((values / noise).sum() / (1.0 / noise).sum()) if len(values) else 0.0
+
+
+def _drawn(apart: Floats, noise: Floats) -> Floats:
+    """Noisy differences drawn towards none; `noise` is the variance of each.
+
+    Real ones are taken to be of one size, that which is left of all of them, each counting by how sure it is.
+    """
+    noise = np.maximum(noise, 1e-12)
+    real = max(_mean(np.square(apart) - noise, np.square(noise)), 1e-9)
+    drawn: Floats = apart * real / (real + noise)
+    return drawn
 
 
 def _spread(space: Coordinates, power: Floats) -> Floats:

@@ -28,6 +28,7 @@ _SYMMETRIES: dict[Modality, Symmetry] = {  # the heart is on one side; eyes come
 
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 Side = Annotated[int, Field(ge=1, le=16)]
+Depth = Annotated[int, Field(ge=0, le=16)]
 MOST_CHANNELS = 1024  # of the network's deepest level
 MOST_STEPS = 200_000  # noisy sums of a study in one mechanism
 
@@ -65,30 +66,22 @@ class DataConfig(Settings):
 
 
 class NetworkConfig(Settings):
-    """Swin U-Net of the diffusion model (Pan et al. 2023); one entry of `depths` and `heads` a level."""
+    """Convolutions and Swin blocks (after Pan et al. 2023); one entry of `depths` and `heads` for each level."""
 
-    patch_size: Literal[1, 2, 4, 8] = 2
-    width: int = Field(default=32, ge=8, le=512, description="channels at the first level; doubled a level")
-    depths: tuple[Side, ...] = Field(default=(2, 2), min_length=1, max_length=4)
-    heads: tuple[Side, ...] = Field(default=(2, 4), min_length=1, max_length=4)
-    window: int = Field(default=7, ge=2, le=16, description="window side, tokens")
-    mlp_ratio: float = Field(default=2.0, gt=0, le=8)
-    class_conditional: bool | None = Field(
-        default=None, description="whether the network is told the class; default: only where no class moments tell it"
+    width: int = Field(default=32, ge=8, le=512, description="channels at the first level; doubled per level")
+    depths: tuple[Depth, ...] = Field(
+        default=(0, 2, 2), min_length=1, max_length=6, description="Swin blocks; 0 = convolutions alone"
     )
-    time_share: float | None = Field(
-        default=None, gt=0, le=1, description="share of the time steps, the cleaner ones, at which the network acts; "
-        "default: a half where there are class moments, else all"
-    )  # fmt: skip
+    heads: tuple[Side, ...] = Field(default=(1, 4, 4), min_length=1, max_length=6)
+    window: int = Field(default=7, ge=2, le=16, description="window side, pixels of that level")
+    mlp_ratio: float = Field(default=2.0, gt=0, le=8)
 
 
 class DiffusionConfig(Settings):
-    timesteps: int = Field(default=1000, ge=10, le=4000)
-    noise_multiplicity: int = Field(default=2, ge=1, le=64, description="K draws of (t, noise) a record, averaged")
-    label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
-    weighting: Literal["velocity", "min-snr"] = Field(
-        default="velocity", description="of the loss over time steps; min-snr turns from the nearly clean ones"
+    noise_multiplicity: int = Field(
+        default=1, ge=1, le=64, description="K draws of (sigma, noise) per record, averaged"
     )
+    label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of draws trained on the null class")
 
 
 class MomentsConfig(Settings):
@@ -120,8 +113,8 @@ class TrainingConfig(Settings):
         description="FedSGD: one step of the sites' summed gradients per round; FedAvg: local steps, then averaging",
     )
     local_steps: int = Field(default=1, ge=1, le=10_000, description="DP-SGD steps a round at each site")
-    parameters: Literal["all", "modulation", "head"] = Field(
-        default="modulation", description="what is trained: fewer numbers take less noise"
+    parameters: Literal["all", "bias", "head"] = Field(
+        default="bias", description="what is trained: fewer numbers take less noise"
     )
     sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of a record, each step")
     max_grad_norm: float = Field(default=0.1, ge=1e-3, le=1e3, description="C: L2 bound of a unit's gradient")
@@ -157,13 +150,10 @@ class GenerationConfig(Settings):
     balance: Literal["counts", "even"] = Field(
         default="counts", description="classes in proportion to the private counts, or as many of each"
     )
-    sampler: Literal["ancestral", "ddim", "dpm-solver++"] = "dpm-solver++"
-    steps: int = Field(default=15, ge=2, le=4000)
-    temperature: float = Field(
-        default=0.7, gt=0, le=1, description="of the Gaussian's variance, when images are drawn; 1 = as the moments are"
-    )
+    sampler: Literal["dpm-solver++", "heun", "ancestral"] = "dpm-solver++"
+    steps: int = Field(default=18, ge=2, le=4000)
     guidance: float = Field(
-        default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
+        default=1.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
     )
     batch_size: int = Field(default=100, ge=1, le=4096)
 
@@ -214,10 +204,10 @@ class Study(Settings):
         net, side = self.network, self.data.image_size
         if len(net.depths) != len(net.heads):
             raise ValueError("network.depths and network.heads: must have the same length")
-        if side % (net.patch_size * 2 ** (len(net.depths) - 1)):
-            raise ValueError(
-                f"network.patch_size: {side} px do not divide by {net.patch_size} and {len(net.depths) - 1} halvings"
-            )
+        if side % 2 ** (len(net.depths) - 1):
+            raise ValueError(f"network.depths: {side} px cannot be halved {len(net.depths) - 1} times")
+        if net.width % 2:
+            raise ValueError(f"network.width: {net.width} is odd")
         if net.width * 2 ** (len(net.depths) - 1) > MOST_CHANNELS:
             raise ValueError(f"network.width: over {MOST_CHANNELS} channels at the deepest level")
         if self.training.rounds * self.training.local_steps > MOST_STEPS:
@@ -235,6 +225,11 @@ class Study(Settings):
             raise ValueError('pretrain.sha256: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.path is not None and self.pretrain.source != "npz":
             raise ValueError('pretrain.path: goes with pretrain.source "npz", which needs path and sha256')
+        if self.pretrain.source == "none" and (self.privacy.moments_share > 0 or self.training.rounds == 0):
+            raise ValueError(
+                'pretrain.source: "none" needs training.rounds, and privacy.moments_share = 0, since '
+                "moments say where public images are to be carried"
+            )
         if self.pretrain.source == "phantoms" and not 16 <= side <= 128:
             raise ValueError(f"pretrain.source: phantoms are drawn at 16 to 128 px, not {side}")
         if len(set(self.data.classes)) != len(self.data.classes):
@@ -248,18 +243,6 @@ class Study(Settings):
     def symmetry(self) -> Symmetry:
         """Which changes of an image mean nothing: as the study says, or by its modality."""
         return self.data.symmetry or _SYMMETRIES[self.study.modality]
-
-    @property
-    def class_conditional(self) -> bool:
-        """Whether the network is told the class: as the study says, or where nothing else holds the classes apart."""
-        own = self.network.class_conditional
-        return self.privacy.moments_share == 0 if own is None else own
-
-    @property
-    def network_steps(self) -> int:
-        """At how many time steps, from 0, the network acts; at noisier ones the Gaussian stands alone."""
-        share = self.network.time_share or (1.0 if self.privacy.moments_share == 0 else 0.5)
-        return max(1, round(share * self.diffusion.timesteps))
 
     def agreed(self) -> dict[str, Any]:
         """What every party agrees on, as plain JSON values: all settings but those of `ENVIRONMENT`."""

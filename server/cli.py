@@ -35,12 +35,16 @@ def _commands() -> None:
 def run(
     study: Annotated[Path | None, typer.Argument(help="the study file (TOML)", metavar="STUDY.toml")] = None,
     data: Annotated[Path | None, typer.Option(help="MedMNIST-layout npz to shard; default: phantoms")] = None,
+    public: Annotated[Path | None, typer.Option(help="npz of public images; default: as the study says")] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value", metavar="K=V")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop; spends nothing")] = False,
     resume: Annotated[Path | None, typer.Option(help="go on with this run folder", metavar="RUN")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run folders")] = Path("runs"),
 ) -> None:
     """Run a study with simulated sites on this machine, from real images or phantoms to a release.
+
+    Public images, or drawn phantoms in their place, lend the synthetic ones their shapes; --public writes the path and
+    the hash of a file into the study, so that every site sees which it is.
 
     A study cannot change once its run has begun; everything that it names is tried before, as by --dry-run.
 
@@ -50,12 +54,14 @@ def run(
 
       synthward run configs/pneumonia.toml --data pneumoniamnist.npz --set training.rounds=2
 
+      synthward run configs/pneumonia.toml --data pneumoniamnist.npz --public public-radiographs.npz
+
       synthward run configs/pneumonia.toml --data pneumoniamnist.npz --dry-run
 
       synthward run --resume runs/demo-20260102-030405
     """
     if resume is not None:
-        if study is not None or data is not None or override:
+        if study is not None or data is not None or public is not None or override:
             raise StudyError(
                 "a resumed run keeps its study, data and settings", where="--resume",
                 remedy="Give --resume alone, or start a new run without it.",
@@ -66,7 +72,7 @@ def run(
         raise StudyError(
             "no study file given", where="STUDY.toml", remedy="For example: synthward run configs/demo.toml"
         )
-    _start(study, data, tuple(override or ()), out, dry_run=dry_run)
+    _start(study, data, (*(override or ()), *_named(public)), out, dry_run=dry_run)
 
 
 @app.command()
@@ -84,6 +90,19 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar=
             "; ".join(problems), where=str(run_dir), remedy="Do not use this release; ask for it anew."
         )
     print(f"{run_dir}: every released file is as it was written")
+
+
+def _named(public: Path | None) -> tuple[str, ...]:
+    """The settings that name a public set."""
+    if public is None:
+        return ()
+    from common.errors import DataError
+    from common.files import sha256_file
+
+    if not public.is_file():
+        raise DataError("no such file", where=f"--public {public}", remedy="Give the path of an .npz file.")
+    path = str(public.resolve()).replace("\\", "\\\\").replace('"', '\\"')
+    return ('pretrain.source="npz"', f'pretrain.path="{path}"', f'pretrain.sha256="{sha256_file(public)}"')
 
 
 def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out: Path, *, dry_run: bool) -> None:

@@ -41,28 +41,29 @@ def estimate(study: Study, facts: Sequence[SiteCheck]) -> Estimate:
     """Measure one small training step and one small sampling step, and scale them up."""
     import torch
 
-    from common.model.diffusion import DiffusionLoss, NoiseSchedule
+    from common.model.diffusion import DiffusionLoss
     from common.model.diffusion_model import DiffusionModel
 
     net = DiffusionModel(study)
     trained = net.set_trainable(study.training.parameters)
     side, channels, records = study.data.image_size, study.data.channels, 16
     draws = study.diffusion.noise_multiplicity
-    loss = DiffusionLoss(NoiseSchedule(study.diffusion.timesteps), draws, 0.0, len(study.data.classes))
+    loss = DiffusionLoss(draws, 0.0, len(study.data.classes))
     x, y = torch.zeros(records, channels, side, side), torch.zeros(records, dtype=torch.int64)
+    made = loss.draw(records, (channels, side, side), generator=torch.Generator(), dtype=x.dtype)
 
     def train_step() -> None:
-        loss(net, x, y, generator=torch.Generator()).sum().backward()
+        loss.losses(net, x, y, made).sum().backward()
 
     def sample_step() -> None:
         with torch.no_grad():
-            t = torch.zeros(records, 1, dtype=torch.int64)
-            net(x[:, None], t, t)
+            net(x, torch.ones(records), y)
 
     training = study.training
     batch = sum(fact.units for fact in facts) * training.sample_rate
     per_record = _seconds(train_step) / records * 1.2  # book-keeping of per-record gradients costs about a fifth more
     evaluations = study.generation.steps * (2 if study.generation.guidance > 0 else 1)
+    evaluations *= 2 if study.generation.sampler == "heun" else 1
     parameters = sum(p.numel() for p in net.parameters())
     sent = sum(p.numel() for name, p in net.named_parameters() if name in trained)
     return Estimate(
@@ -77,8 +78,7 @@ def estimate(study: Study, facts: Sequence[SiteCheck]) -> Estimate:
 
 def _pretrain_draws(study: Study) -> int:
     """Images that the public start is trained on, each as often as it is drawn."""
-    wanted = study.pretrain.source != "none" and study.training.rounds > 0
-    return study.pretrain.steps * study.pretrain.batch_size if wanted else 0
+    return 0 if study.pretrain.source == "none" else study.pretrain.steps * study.pretrain.batch_size
 
 
 def _seconds(step: Any) -> float:

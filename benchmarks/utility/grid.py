@@ -60,9 +60,6 @@ RECIPES = {
         Recipe("default", "the study file as it is"),
         Recipe("moments", "no round of training: all goes to the class moments", ("training.rounds=0",)),
         Recipe("dp-sgd", "no moments: all goes to the rounds", ("privacy.moments_share=0",)),
-        # One of the two is what the study files have already, and is left out as a repetition.
-        Recipe("pretrained", "first learns on phantoms, which no patient is in", ("pretrain.source=phantoms",)),
-        Recipe("no-pretraining", "does not learn on phantoms first", ("pretrain.source=none",)),
     )
 }
 # Small enough for two cores and ten minutes; what comes out shows that the path holds, and nothing about quality.

@@ -87,7 +87,7 @@ def _pixels(images: NDArray[Any]) -> Tensor:
 
 def physical_batch_for(
     net: nn.Module, loss: Loss, draw: Draw, *, record: tuple[int, ...], label: tuple[int, ...], memory_mb: int,
-    name: str, where: str,
+    name: str, where: str, draws: int = 1,
 ) -> int:  # fmt: skip
     """One size for every physical batch: no more records than `memory_mb` hold.
 
@@ -96,6 +96,7 @@ def physical_batch_for(
     Args:
         record, label: shapes of one record's images and labels.
         name, where: of the network, for the message.
+        draws: entries of dim 0 that a record is to the network.
 
     Raises:
         StudyError: gradients per record are not exact for this network.
@@ -104,11 +105,11 @@ def physical_batch_for(
     pixels = torch.rand(_TRIED, *record, generator=generator) * 2 - 1
     rows = draw(pixels, torch.zeros(_TRIED, *label, dtype=torch.int64))
     refuse_inexact(net, loss, rows, name=name, where=where)
-    return max(1, min(_MOST, memory_mb * 1_000_000 // bytes_per_record(net, loss, rows)))
+    return max(1, min(_MOST, memory_mb * 1_000_000 // bytes_per_record(net, loss, rows, draws=draws)))
 
 
-def bytes_per_record(net: nn.Module, loss: Loss, rows: Rows) -> int:
-    """Bytes that one record needs in memory: what autograd keeps for it, its gradient, and float64 in between."""
+def bytes_per_record(net: nn.Module, loss: Loss, rows: Rows, *, draws: int) -> int:
+    """Bytes that one record needs in memory: what autograd keeps, a gradient for each draw, and float64 in between."""
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
@@ -123,4 +124,4 @@ def bytes_per_record(net: nn.Module, loss: Loss, rows: Rows) -> int:
     trained = [p for p in net.parameters() if p.requires_grad]
     numbers, largest = sum(p.numel() for p in trained), max(p.numel() for p in trained)
     del losses
-    return 3 * sum(kept.values()) + 4 * numbers + 20 * largest  # measured: 68 and 92 % of it (two networks)
+    return 3 * sum(kept.values()) + 4 * numbers * (1 + draws) + 20 * largest

@@ -104,5 +104,5 @@ def _physical_batch(study: Study, memory_mb: int) -> int:
     loss, draw = record_loss(study, torch.Generator().manual_seed(0))
     return physical_batch_for(
         model, loss, draw, record=(*images, data.channels, data.image_size, data.image_size), label=images,
-        memory_mb=memory_mb, name="the study's network", where="network",
+        memory_mb=memory_mb, name="the study's network", where="network", draws=study.diffusion.noise_multiplicity,
     )  # fmt: skip

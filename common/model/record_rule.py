@@ -7,8 +7,9 @@ or keeps statistics of a batch, breaks the rule and (mostly) raises nothing; the
 a sum of clipped gradients. So every network is tried on random rows first, here at the site and there at the
 coordinator: no record is needed to know it, and the answer may raise.
 
-B records. *Rows* are tensors (B, ...), all that a loss needs of its records, the noise drawn for them included. A loss
-is (net, *rows) -> (B,), entry b made from row b alone.
+A record may be several entries of dim 0, one after another: its noise draws. B records. *Rows* are tensors (B, ...),
+all that a loss needs of its records, the noise drawn for them included. A loss is (net, *rows) -> (B,), entry b made
+from row b alone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _SPREAD = 0.1  # of what is added to weights that begin at zero, behind which a 
 
 @register_grad_sampler(RelativePositionBias)
 def _position_gradients(layer: RelativePositionBias, _: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per record, the gradient of the scores (B, G, A, N, N) summed over groups, put where the table was read."""
+    """Per row, the gradient of the scores (R, G, A, N, N) summed over windows, put where the table was read."""
     summed = backprops.sum(dim=1).flatten(2).transpose(1, 2)  # (B, N·N, A)
     rows = backprops.new_zeros(len(backprops), *layer.table.shape)
     return {layer.table: rows.index_add_(1, layer.index.flatten(), summed)}
@@ -89,15 +90,20 @@ class RecordGradients:
             found = getattr(parameter, "grad_sample", None)
             if found is None:  # it took no part in the loss
                 found = parameter.new_zeros(len(losses), *parameter.shape)
-            if not isinstance(found, Tensor) or found.shape != (len(losses), *parameter.shape):
+            if not isinstance(found, Tensor) or found.shape[1:] != parameter.shape or len(found) % len(losses):
                 raise ValueError(f"'{name}' does not see the record in dim 0")
-            rows[name] = found
+            rows[name] = found if len(found) == len(losses) else _by_record(found, len(losses))
         self._hooks.zero_grad(set_to_none=True)
         return rows
 
     def close(self) -> None:
         """Leave the network as it was before."""
         self._hooks.to_standard_module()
+
+
+def _by_record(gradients: Tensor, records: int) -> Tensor:
+    """(B·K, *shape), a record's K draws one after another, -> (B, *shape): their sum, the gradient of its loss."""
+    return gradients.view(records, -1, *gradients.shape[1:]).sum(dim=1)
 
 
 def refuse_inexact(net: nn.Module, loss: Loss, rows: Rows, *, name: str, where: str) -> None:

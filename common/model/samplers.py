@@ -1,118 +1,100 @@
-"""From noise to images: ancestral, DDIM and DPM-Solver++ sampling.
+"""From noise to images: DPM-Solver++, Heun and ancestral sampling over EDM's noise levels.
 
 SPDX-License-Identifier: Apache-2.0
 
-n images, C channels, H W pixels. Notation of Lu et al. 2022: alpha = sqrt(ā), sigma = sqrt(1 - ā),
-lambda = log(alpha / sigma).
+n images, C channels, S pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.model.diffusion import NoiseSchedule
+from common.model.diffusion_model import DiffusionModel
 from common.study import GenerationConfig
 
-Denoiser = Callable[[Tensor, int], Tensor]  # (x_t, t) -> predicted x_0, clamped to [-1, 1]
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+_RHO = 7.0  # Karras et al. 2022, eq. 5
+_Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> clean image within [-1, 1]
 
 
 @torch.no_grad()
 def sample(
-    net: nn.Module, labels: Tensor, *, null_label: int, shape: tuple[int, int, int], schedule: NoiseSchedule,
-    config: GenerationConfig, generator: torch.Generator, clip: float = 1.0,
+    model: DiffusionModel, labels: Tensor, *, null_label: int, shape: tuple[int, int, int], config: GenerationConfig,
+    seeds: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """Sample one image a label.
+    """Sample one image for each label.
 
     Args:
-        net: predictor of the velocity (`NoiseSchedule.velocity`) on (n, 1, C, H, W).
         labels: int64 (n,).
-        null_label: the network's label for an image of unknown class, which guidance pushes away from.
-        shape: (C, H, W).
+        null_label: the label of an image of unknown class, which guidance pushes away from.
+        shape: (C, S, S).
         config: sampler, steps and guidance weight w: (1 + w)·conditional - w·unconditional (Ho and Salimans 2022).
-        clip: predicted images are clamped to [-clip, clip].
+        seeds: of each image, whose noise does not depend on the batch that it is drawn in.
 
     Returns:
-        float32 (n, C, H, W), within [-clip, clip].
+        float32 (n, C, S, S), within [-1, 1].
     """
-    net.eval()
-    spread = _even_in_lambda if config.sampler == "dpm-solver++" else _even_in_time
-    times = spread(schedule, min(config.steps, schedule.timesteps))
-    x = torch.randn(len(labels), *shape, generator=generator)
+    model.eval()
+    chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+    levels = noise_levels(config.steps)
+    x = levels[0] * _noise(chances, shape)
 
-    def velocity(x: Tensor, t: int) -> Tensor:
-        conditional = _velocity(net, x, t, labels)
-        if config.guidance == 0:
-            return conditional
-        unconditional = _velocity(net, x, t, torch.full_like(labels, null_label))
-        return (1 + config.guidance) * conditional - config.guidance * unconditional
-
-    def denoise(x: Tensor, t: int) -> Tensor:
-        a = schedule.alphas_bar[t]
-        x0 = a.sqrt() * x.double() - (1 - a).sqrt() * velocity(x, t).double()
-        return x0.clamp(-clip, clip).float()
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        level = torch.full((len(labels),), sigma)
+        clean = model.denoised(x, level, labels)
+        if config.guidance > 0:
+            blind = model.denoised(x, level, torch.full_like(labels, null_label))
+            clean = (1 + config.guidance) * clean - config.guidance * blind
+        return clean.clamp(-1.0, 1.0)
 
     if config.sampler == "dpm-solver++":
-        return _dpm_solver(x, times, schedule, denoise)
-    return _ddpm_or_ddim(x, times, schedule, denoise, generator if config.sampler == "ancestral" else None)
+        return _dpm_solver(x, levels, denoise)
+    if config.sampler == "heun":
+        return _heun(x, levels, denoise)
+    return _ancestral(x, levels, denoise, lambda: _noise(chances, shape))
 
 
-def _even_in_time(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` time steps from the last to the first, evenly spread."""
-    return [round(v) for v in torch.linspace(schedule.timesteps - 1, 0, steps, dtype=torch.float64).tolist()]
+def noise_levels(steps: int) -> list[float]:
+    """`steps` noise levels from SIGMA_MAX down to SIGMA_MIN (Karras et al. 2022, eq. 5)."""
+    ends = np.array([SIGMA_MAX, SIGMA_MIN]) ** (1 / _RHO)
+    levels: list[float] = (np.linspace(ends[0], ends[1], steps) ** _RHO).tolist()
+    return levels
 
 
-def _even_in_lambda(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """At most `steps` time steps, evenly spread in lambda, as a multistep solver wants them (Lu et al. 2022, 5).
-
-    Spread evenly in time, the cosine schedule's last steps are so long in lambda that 20 of them gave a standard
-    deviation a quarter too large on a known distribution. Below lambda = -5 nothing but noise is left to see.
-    """
-    lam = 0.5 * (schedule.alphas_bar.log() - (1 - schedule.alphas_bar).log())
-    wanted = torch.linspace(max(-5.0, lam[-1].item()), lam[0].item(), steps, dtype=torch.float64)
-    return sorted({int((lam - value).abs().argmin()) for value in wanted}, reverse=True)
+def _noise(chances: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    return torch.stack([torch.randn(*shape, generator=chance) for chance in chances])
 
 
-def _velocity(net: nn.Module, x: Tensor, t: int, labels: Tensor) -> Tensor:
-    times = torch.full((len(labels), 1), t, dtype=torch.int64)
-    return net(x[:, None], times, labels[:, None])[:, 0]
-
-
-def _ddpm_or_ddim(
-    x: Tensor, times: list[int], schedule: NoiseSchedule, denoise: Denoiser, generator: torch.Generator | None
-) -> Tensor:
-    """Song et al. 2021, eq. 12 on the respaced steps: variance of DDPM with a generator, none (DDIM) without."""
-    bars = schedule.alphas_bar
-    for now, following in zip(times, [*times[1:], None], strict=True):
-        x0 = denoise(x, now)
-        if following is None:
-            return x0
-        a, b = bars[now], bars[following]
-        noise = (x.double() - a.sqrt() * x0) / (1 - a).sqrt()
-        variance = torch.zeros(()) if generator is None else (1 - b) / (1 - a) * (1 - a / b)
-        x = b.sqrt() * x0 + (1 - b - variance).clamp(min=0).sqrt() * noise
-        if generator is not None:
-            x = x + variance.sqrt() * torch.randn(x.shape, generator=generator)
-        x = x.float()
-    return x
-
-
-def _dpm_solver(x: Tensor, times: list[int], schedule: NoiseSchedule, denoise: Denoiser) -> Tensor:
-    """DPM-Solver++(2M) in data prediction (Lu et al. 2022, algorithm 2); the last step returns the prediction."""
-    alpha, sigma = schedule.alphas_bar.sqrt(), (1 - schedule.alphas_bar).sqrt()
-    lam = alpha.log() - sigma.log()
-    before: tuple[Tensor, Tensor] | None = None  # (prediction, step in lambda) of the step before
-    for now, following in zip(times, [*times[1:], None], strict=True):
-        x0 = denoise(x, now)
-        if following is None:
-            return x0
-        h = lam[following] - lam[now]
-        mixed = x0
+def _dpm_solver(x: Tensor, levels: list[float], denoise: _Denoise) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for x_0 + sigma n; the last step returns the prediction."""
+    before: tuple[Tensor, float] | None = None  # (prediction, step in log(1 / sigma)) of the step before
+    for now, following in zip(levels, levels[1:], strict=False):
+        clean, h = denoise(x, now), float(np.log(now / following))
+        mixed = clean
         if before is not None:
             r = before[1] / h
-            mixed = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before[0]
-        x = (sigma[following] / sigma[now] * x - alpha[following] * torch.expm1(-h) * mixed).float()
-        before = (x0, h)
-    return x
+            mixed = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * before[0]
+        x = following / now * x + (1 - following / now) * mixed
+        before = (clean, h)
+    return denoise(x, levels[-1])
+
+
+def _heun(x: Tensor, levels: list[float], denoise: _Denoise) -> Tensor:
+    """Heun's second order (Karras et al. 2022, algorithm 1), two evaluations a step."""
+    for now, following in zip(levels, levels[1:], strict=False):
+        slope = (x - denoise(x, now)) / now
+        guess = x + (following - now) * slope
+        x = x + (following - now) * (slope + (guess - denoise(guess, following)) / following) / 2
+    return denoise(x, levels[-1])
+
+
+def _ancestral(x: Tensor, levels: list[float], denoise: _Denoise, noise: Callable[[], Tensor]) -> Tensor:
+    """DDPM's ancestral sampling (Ho et al. 2020, algorithm 2), in these units: the posterior of the next level."""
+    for now, following in zip(levels, levels[1:], strict=False):
+        share = (following / now) ** 2
+        x = share * x + (1 - share) * denoise(x, now) + following * (1 - share) ** 0.5 * noise()
+    return denoise(x, levels[-1])

@@ -1,10 +1,9 @@
-"""Swin U-Net of the diffusion model, conditional on time and class (after Pan et al. 2023, Phys. Med. Biol. 68 105004).
+"""The network: convolutions at high resolution, Swin blocks below (after Pan et al. 2023, Phys. Med. Biol. 68 105004).
 
 SPDX-License-Identifier: Apache-2.0
 
-B records, K noise draws a record, C channels, H W pixels, T tokens a draw, D width, E condition width.
-Draws are an axis of their own: they share nothing but the record, whose loss is their mean. Every parameterised
-layer sees (B, K·T, D) or (B, K, E), so its gradient splits by record exactly.
+R rows (a record's noise draws, one after another), C channels, S pixels a side, T tokens, D width, E condition width.
+Every parameterised layer has the row in dim 0, so that its gradient splits by row, and rows by record, exactly.
 """
 
 from __future__ import annotations
@@ -20,11 +19,37 @@ from common.model.layers import (
     RelativePositionBias,
     from_windows,
     modulate,
+    noise_embedding,
     shift_mask,
-    time_embedding,
     to_windows,
 )
 from common.study import DataConfig, NetworkConfig
+
+_MOST_GROUPS = 8
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions behind GroupNorm and SiLU; noise level and class scale and shift between them.
+
+    Args:
+        inner, outer: channels of what comes in and goes out.
+        condition: E.
+    """
+
+    def __init__(self, inner: int, outer: int, condition: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(inner), _norm(outer)
+        self.conv1, self.conv2 = nn.Conv2d(inner, outer, 3, padding=1), nn.Conv2d(outer, outer, 3, padding=1)
+        self.condition = nn.Linear(condition, 2 * outer)
+        self.skip = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
+        _zero(self.condition, self.conv2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (R, inner, S, S), condition (R, E) -> (R, outer, S, S)."""
+        shift, scale = self.condition(condition)[..., None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class SwinBlock(nn.Module):
@@ -44,8 +69,7 @@ class SwinBlock(nn.Module):
         self.side, self.window, self.shift, self.heads = side, window, shift, heads
         hidden = int(width * mlp_ratio)
         self.condition = nn.Linear(condition, 6 * width)
-        nn.init.zeros_(self.condition.weight)
-        nn.init.zeros_(self.condition.bias)
+        _zero(self.condition)
         self.qkv = nn.Linear(width, 3 * width)
         self.position = RelativePositionBias(window, heads)
         self.proj = nn.Linear(width, width)
@@ -54,132 +78,121 @@ class SwinBlock(nn.Module):
         self.mask = shift_mask(side, window, shift) if shift else None  # plain attribute: it is no state
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, K, T, D), condition (B, K, E) -> (B, K, T, D)."""
+        """x (R, D, side, side), condition (R, E) -> the shape of x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(condition).chunk(6, dim=-1)
-        x = x + gate1[:, :, None] * self._attend(modulate(x, shift1, scale1))
-        h = F.silu(self.expand(modulate(x, shift2, scale2).flatten(1, 2)))  # (B, K·T, hidden)
-        return x + gate2[:, :, None] * self.contract(h).view_as(x)
+        h = x.flatten(2).transpose(1, 2)  # (R, T, D)
+        h = h + gate1[:, None] * self._attend(modulate(h, shift1, scale1))
+        h = h + gate2[:, None] * self.contract(F.silu(self.expand(modulate(h, shift2, scale2))))
+        return h.transpose(1, 2).reshape(x.shape)
 
     def _attend(self, x: Tensor) -> Tensor:
-        b, k, t, d = x.shape
-        qkv = self.qkv(x.flatten(1, 2)).view(b, k, t, 3 * d)
-        groups = to_windows(qkv, self.side, self.window, self.shift)  # (B, G, N, 3D)
-        g, n = groups.shape[1:3]
-        q, key, value = groups.view(b, g, n, 3, self.heads, d // self.heads).permute(3, 0, 1, 4, 2, 5)
-        scores = self.position(q @ key.transpose(-2, -1) / math.sqrt(d // self.heads))  # (B, G, A, N, N)
+        groups = to_windows(self.qkv(x), self.side, self.window, self.shift)  # (R, G, N, 3D)
+        r, g, n, d = *groups.shape[:3], x.shape[-1]
+        q, key, value = groups.view(r, g, n, 3, self.heads, d // self.heads).permute(3, 0, 1, 4, 2, 5)
+        scores = self.position(q @ key.transpose(-2, -1) / math.sqrt(d // self.heads))  # (R, G, A, N, N)
         if self.mask is not None:
-            mask = self.mask.to(scores.dtype).repeat(k, 1, 1)  # windows turn fastest within a draw
-            scores = scores + mask[None, :, None]
-        out = (scores.softmax(dim=-1) @ value).transpose(2, 3).reshape(b, g, n, d)
-        out = from_windows(out, self.side, self.window, self.shift)  # (B, K, T, D)
-        return self.proj(out.flatten(1, 2)).view(b, k, t, d)
+            scores = scores + self.mask.to(scores.dtype)[None, :, None]
+        out = (scores.softmax(dim=-1) @ value).transpose(2, 3).reshape(r, g, n, d)
+        return self.proj(from_windows(out, self.side, self.window, self.shift))
+
+
+class Level(nn.Module):
+    """What happens at one resolution, on one way: a residual block that takes the channels, then Swin blocks.
+
+    Args:
+        inner, outer: channels of what comes in and goes out.
+        side: pixels a side.
+        depth: Swin blocks; plain and shifted windows take turns. With none, there is a second residual block.
+    """
+
+    def __init__(
+        self, inner: int, outer: int, *, side: int, depth: int, heads: int, network: NetworkConfig, condition: int
+    ) -> None:
+        super().__init__()
+        window = next(w for w in range(min(side, network.window), 0, -1) if side % w == 0)
+        blocks: list[nn.Module] = [ResidualBlock(inner, outer, condition)]
+        if depth == 0:
+            blocks.append(ResidualBlock(outer, outer, condition))
+        blocks += [
+            SwinBlock(
+                width=outer, heads=heads, side=side, window=window,
+                shift=window // 2 if number % 2 and window < side else 0, mlp_ratio=network.mlp_ratio,
+                condition=condition,
+            )
+            for number in range(depth)
+        ]  # fmt: skip
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (R, inner, side, side), condition (R, E) -> (R, outer, side, side)."""
+        for block in self.blocks:
+            x = block(x, condition)
+        return x
 
 
 class SwinUNet(nn.Module):
-    """Predicts the noise in an image at a time step.
+    """From a scaled noisy image, what `common/model/diffusion_model.py: DiffusionModel` makes the clean one of.
 
     Args:
-        network: sizes; level l has width × 2^l channels and half the tokens a side of the level before.
+        network: sizes; level l has width × 2^l channels and half the pixels a side of the level before.
         data: image size, channels and classes; class index len(classes) is the null class (no label).
     """
 
     def __init__(self, network: NetworkConfig, data: DataConfig) -> None:
         super().__init__()
-        self.patch, self.channels = network.patch_size, data.channels
-        self.side = data.image_size // network.patch_size
-        self.width, pixels = network.width, network.patch_size**2 * data.channels
-        condition = 2 * network.width
-        self.embed = nn.Linear(pixels, network.width)
-        self.time_in, self.time_out = nn.Linear(network.width, condition), nn.Linear(condition, condition)
+        self.width, condition = network.width, 4 * network.width
+        widths = [network.width * 2**level for level in range(len(network.depths))]
+        self.noise_in, self.noise_out = nn.Linear(network.width, condition), nn.Linear(condition, condition)
         self.label = nn.Embedding(len(data.classes) + 1, condition)
-        levels = len(network.depths)
 
-        def blocks(level: int) -> nn.ModuleList:
-            side = self.side // 2**level
-            window = _window(side, network.window)
-            return nn.ModuleList(
-                SwinBlock(
-                    width=network.width * 2**level, heads=network.heads[level], side=side, window=window,
-                    shift=window // 2 if number % 2 and window < side else 0,
-                    mlp_ratio=network.mlp_ratio, condition=condition,
-                )
-                for number in range(network.depths[level])
+        def level(number: int, inner: int, depth: int) -> Level:
+            return Level(
+                inner, widths[number], side=data.image_size // 2**number, depth=depth, heads=network.heads[number],
+                network=network, condition=condition,
             )  # fmt: skip
 
-        widths = [network.width * 2**level for level in range(levels)]
-        self.down = nn.ModuleList(blocks(level) for level in range(levels))
-        self.merge = nn.ModuleList(nn.Linear(4 * w, 2 * w) for w in widths[:-1])
-        self.split = nn.ModuleList(nn.Linear(2 * w, 4 * w) for w in widths[:-1])
-        self.join = nn.ModuleList(nn.Linear(2 * w, w) for w in widths[:-1])
-        self.up = nn.ModuleList(blocks(level) for level in range(levels - 1))
-        self.last_condition = nn.Linear(condition, 2 * network.width)
-        self.head = nn.Linear(network.width, pixels)
-        for layer in (self.last_condition, self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.embed = nn.Conv2d(data.channels, network.width, 3, padding=1)
+        self.down = nn.ModuleList(
+            level(number, widths[max(number - 1, 0)], depth) for number, depth in enumerate(network.depths)
+        )
+        self.up = nn.ModuleList(  # half as many Swin blocks on the way up
+            level(number, widths[number] + widths[number + 1], (network.depths[number] + 1) // 2)
+            for number in range(len(widths) - 1)
+        )
+        self.norm = _norm(network.width)
+        self.head = nn.Conv2d(network.width, data.channels, 3, padding=1)
+        _zero(self.head)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predicted velocity (`NoiseSchedule.velocity`), which says how much of x is noise.
+    def forward(self, x: Tensor, level: Tensor, y: Tensor) -> Tensor:
+        """The network's answer.
 
         Args:
-            x: noisy images (B, K, C, H, W).
-            t: time steps (B, K), int64.
-            y: classes (B, K), int64; len(classes) = null class.
+            x: noisy images of about unit variance (R, C, S, S).
+            level: log(sigma) / 4, (R,).
+            y: classes (R,), int64; len(classes) = null class.
 
         Returns:
-            (B, K, C, H, W).
+            (R, C, S, S).
         """
-        b, k = t.shape
-        times = time_embedding(t, self.width).to(x.dtype)
-        condition = F.silu(self.time_out(F.silu(self.time_in(times))) + self.label(y))  # (B, K, E)
-        h = self.embed(self._to_patches(x).flatten(1, 2)).view(b, k, self.side**2, self.width)
-        skips: list[Tensor] = []
-        for level, stage in enumerate(self.down):
-            for block in cast(nn.ModuleList, stage):
-                h = block(h, condition)
-            if level < len(self.merge):
-                skips.append(h)
-                h = self._run(self.merge[level], _fold(h, self.side // 2**level))
-        for level in reversed(range(len(self.up))):
-            h = _unfold(self._run(self.split[level], h), self.side // 2 ** (level + 1))
-            h = self._run(self.join[level], torch.cat([h, skips[level]], dim=-1))
-            for block in cast(nn.ModuleList, self.up[level]):
-                h = block(h, condition)
-        shift, scale = self.last_condition(condition).chunk(2, dim=-1)
-        return self._from_patches(self._run(self.head, modulate(h, shift, scale)))
-
-    @staticmethod
-    def _run(layer: nn.Module, x: Tensor) -> Tensor:
-        """A Linear on (B, K, T, D) with the draws folded into the tokens: (B, K·T, D)."""
-        return layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-
-    def _to_patches(self, x: Tensor) -> Tensor:
-        """(B, K, C, H, W) -> (B, K, T, C·p·p)."""
-        b, k, c = x.shape[:3]
-        x = x.view(b, k, c, self.side, self.patch, self.side, self.patch).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(b, k, self.side**2, c * self.patch**2)
-
-    def _from_patches(self, x: Tensor) -> Tensor:
-        """(B, K, T, C·p·p) -> (B, K, C, H, W)."""
-        b, k = x.shape[:2]
-        x = x.view(b, k, self.side, self.side, self.channels, self.patch, self.patch).permute(0, 1, 4, 2, 5, 3, 6)
-        return x.reshape(b, k, self.channels, self.side * self.patch, self.side * self.patch)
+        condition = F.silu(self.noise_in(noise_embedding(level, self.width)))
+        condition = F.silu(self.noise_out(condition) + self.label(y[:, None])[:, 0])
+        h, skips = self.embed(x), list[Tensor]()
+        for number, stage in enumerate(self.down):
+            h = cast(Level, stage)(h if number == 0 else F.avg_pool2d(h, 2), condition)
+            skips.append(h)
+        for number in reversed(range(len(self.up))):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            h = cast(Level, self.up[number])(torch.cat([h, skips[number]], dim=1), condition)
+        return self.head(F.silu(self.norm(h)))
 
 
-def _window(side: int, largest: int) -> int:
-    """The largest window side ≤ `largest` that divides `side`."""
-    return next(window for window in range(min(side, largest), 0, -1) if side % window == 0)
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(next(g for g in range(_MOST_GROUPS, 0, -1) if width % g == 0), width)
 
 
-def _fold(x: Tensor, side: int) -> Tensor:
-    """Patch merging: (B, K, side², D) -> (B, K, side²/4, 4D)."""
-    b, k, _, d = x.shape
-    x = x.view(b, k, side // 2, 2, side // 2, 2, d).permute(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(b, k, side * side // 4, 4 * d)
-
-
-def _unfold(x: Tensor, side: int) -> Tensor:
-    """Patch splitting, the inverse of `_fold`: (B, K, side², 4D) -> (B, K, 4·side², D)."""
-    b, k, _, d = x.shape
-    x = x.view(b, k, side, side, 2, 2, d // 4).permute(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(b, k, 4 * side * side, d // 4)
+def _zero(*layers: nn.Linear | nn.Conv2d) -> None:
+    """So that a block begins as nothing, and the network as an answer of zero."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

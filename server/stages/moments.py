@@ -1,4 +1,4 @@
-"""Moments: the public start of the network, and private class moments from the sites for the Gaussian beside it.
+"""Moments: private class moments from the sites, public images carried to them, and the network that learns these.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -9,44 +9,55 @@ import math
 
 import numpy as np
 
-from common.model.diffusion_model import initial_weights, space_of, with_prior
+from common.images import ImageSet
+from common.model.diffusion_model import initial_weights, space_of
 from common.prior import Prior
 from common.protocol import Arrays, MomentsReply, MomentsRequest
 from common.study import Study
 from server.checkpoints import Checkpoint
 from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.session import Session
+from server.synthesis.corpus import carried, low_covariance, uncarried
 from server.synthesis.pretrain import pretrained
+from server.synthesis.public_set import public_images
 
 
 def moments(session: Session) -> None:
-    """Make the weights of round 0: public weights, with the Gaussian that the sites' noisy moments describe.
+    """Make the weights of round 0: of a network that has learnt from public images with the sites' noisy moments.
 
     Nothing is done where a checkpoint stands already.
 
     Raises:
         FederationError: fewer usable answers than federation.min_sites.
+        DataError: the public set cannot be read.
     """
     study = session.agreement.study
     if session.folder.last_checkpoint() is not None:
         return
-    prior = None if session.agreement.plan.get("moments") is None else _ask(session)
-    weights = initial_weights(study)
-    if study.pretrain.source != "none" and study.training.rounds:
-        kind = (
-            "drawn phantoms" if study.pretrain.source == "phantoms" else f"the public images of {study.pretrain.path}"
-        )
-        session.progress.stage("pretrain", f"{study.pretrain.steps} steps on {kind}")
-        weights = pretrained(
-            study, session.folder.path / "checkpoints" / "pretrained.safetensors",
-            on_step=lambda done, total: session.progress.step("pretrain", done, total, "steps"),
-        )  # fmt: skip
-    weights = weights if prior is None else with_prior(weights, prior)  # else what is public
+    weights = initial_weights(study) if study.pretrain.source == "none" else _learnt(session)
     copy = {name: array.copy() for name, array in weights.items()}
     session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
 
 
-def _ask(session: Session) -> Prior:
+def _learnt(session: Session) -> Arrays:
+    """Weights of the network after the corpus; a run that was stopped goes on with it."""
+    study, config = session.agreement.study, session.agreement.study.pretrain
+    public = public_images(study)
+    if session.agreement.plan.get("moments") is None:
+        corpus = uncarried(public, len(study.data.classes))
+    else:
+        corpus = carried(public, _ask(session, public))
+    kind = "drawn phantoms" if config.source == "phantoms" else f"the public images of {config.path}"
+    session.progress.stage("pretrain", f"{config.steps} steps on {len(corpus)} images made of {kind}")
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        session.progress.step("pretrain", done, total, f"loss {loss:.3f}", loss=round(loss, 4))
+
+    file = session.folder.path / "checkpoints" / "pretrained.safetensors"
+    return pretrained(study, corpus, file, on_step=on_step)
+
+
+def _ask(session: Session, public: ImageSet) -> Prior:
     """The prior of all sites that answer."""
     study, plan = session.agreement.study, session.agreement.plan["moments"]
     counts_std = session.agreement.plan["counts"].noise_std
@@ -70,6 +81,7 @@ def _ask(session: Session) -> Prior:
     return Prior.fit(
         space_of(study), total["means"], total["second_moments"], total["band_power"], total["norm"], counts,
         noise_std=math.sqrt(len(collected.accepted)) * plan.noise_std,
+        public=low_covariance(public.images, space_of(study)),
     )  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from common.files import atomic_write
 from common.images import ImageSet, to_uint8
-from common.model.diffusion import NoiseSchedule
-from common.model.diffusion_model import cooled, load_model
+from common.model.diffusion_model import load_model
 from common.model.samplers import sample
 from common.protocol import Arrays
 from common.study import Study
@@ -47,8 +46,8 @@ def generate(
 ) -> ImageSet:  # fmt: skip
     """Sample one image for each label.
 
-    Each batch has its own seed and its own file in `folder`, so a stop loses at most one batch, and a resumed run
-    gives the same set as an unbroken one.
+    Each image has its own seed, and each batch its own file in `folder`, so a stop loses at most one batch, and a
+    resumed run gives the same set as an unbroken one.
 
     Args:
         weights: the moving average, float32 by parameter name.
@@ -58,8 +57,7 @@ def generate(
     Returns:
         uint8 images (N, C, H, W) with their labels; no patients, for there are none.
     """
-    net = load_model(study, cooled(weights, study.generation.temperature))
-    schedule = NoiseSchedule(study.diffusion.timesteps)
+    model = load_model(study, weights)
     shape = (study.data.channels, study.data.image_size, study.data.image_size)
     size = study.generation.batch_size
     parts: list[NDArray[np.uint8]] = []
@@ -68,18 +66,12 @@ def generate(
         file = folder / f"batch-{number:05d}.npz"
         part = _kept(file, wanted, shape)
         if part is None:
-            generator = torch.Generator().manual_seed(study.study.seed * 1_000_003 + number)
-            part = to_uint8(
-                sample(
-                    net,
-                    torch.from_numpy(wanted),
-                    null_label=len(study.data.classes),
-                    shape=shape,
-                    schedule=schedule,
-                    config=study.generation,
-                    generator=generator,
-                )  # fmt: skip
-            )
+            seeds = [study.study.seed * 1_000_003 + position for position in range(start, start + len(wanted))]
+            drawn = sample(
+                model, torch.from_numpy(wanted), null_label=len(study.data.classes), shape=shape,
+                config=study.generation, seeds=seeds,
+            )  # fmt: skip
+            part = to_uint8(drawn)
             buffer = io.BytesIO()
             np.savez_compressed(buffer, images=part, labels=wanted)
             atomic_write(file, buffer.getvalue())

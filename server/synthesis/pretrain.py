@@ -1,82 +1,154 @@
-"""The network's public start: trained on public images of the study's kind; reads nothing of any site.
+"""The network's start: trained on the corpus at the coordinator; reads noisy sums and public images, nothing of a site.
 
 SPDX-License-Identifier: Apache-2.0
 
-What it learns is to see in what images of this kind differ from the Gaussian of the same moments: edges, flat areas,
-saturation. So it is trained beside the public images' own Gaussian, and later stands beside that of private moments.
-How real images differ from theirs is not for public ones to say: the last layer, which draws the differences, is set
-to zero again, so that training at the sites begins at their own Gaussian.
+It can be stopped at any time: what it has is kept every minute, and it goes on from there with the same numbers, since
+the randomness of a step depends on the study's seed and the step alone.
 """
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from common.errors import SynthwardError
 from common.files import atomic_write, pack_arrays, unpack_arrays
-from common.images import ImageSet, Units, to_unit
-from common.model.diffusion import DiffusionLoss, NoiseSchedule
-from common.model.diffusion_model import initial_weights, load_model, space_of, with_prior
-from common.moments import class_means, class_sums, spread_sums
-from common.prior import Prior
+from common.images import ImageSet, to_unit
+from common.model.diffusion import DiffusionLoss
+from common.model.diffusion_model import DiffusionModel, initial_weights, load_model
 from common.protocol import Arrays
-from common.study import Study
-from server.synthesis.public_set import public_images
+from common.study import Study, Symmetry
 
-_REPORT_EVERY = 20
+_REPORT_EVERY, _SAVE_SECONDS = 20, 60.0
+_WARM_UP = 50  # steps
+_LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
+_AVERAGE = 0.998  # of the moving average, a step, later; shorter at first
+_LONGEST_STEP = 1.0  # norm of a step's gradient
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch calls Adam's
 
 
-def pretrained(study: Study, file: Path, *, on_step: Callable[[int, int], None] | None = None) -> Arrays:
-    """Weights after `pretrain.steps` steps of AdamW with a cosine rate; kept in `file`, and taken from there.
+def pretrained(
+    study: Study, corpus: ImageSet, file: Path, *, on_step: Callable[[int, int, float], None] | None = None
+) -> Arrays:
+    """Moving average of the weights after `pretrain.steps` steps of AdamW with a cosine rate; kept in `file`.
 
     Args:
-        on_step: called with (steps done, steps in all) now and then.
-
-    Raises:
-        DataError: as `public_images` does.
+        on_step: called with (steps done, steps in all, mean loss of late) now and then.
     """
-    try:
-        weights = unpack_arrays(file.read_bytes(), where=str(file))
-        load_model(study, weights)
-        return weights
-    except (OSError, SynthwardError):
-        pass  # not there, or cut off: made anew
-    config, seed = study.pretrain, study.study.seed
-    images = public_images(study)
-    model = load_model(study, with_prior(initial_weights(study), exact_prior(study, images)))
-    net, x, y = model, to_unit(images.images), torch.from_numpy(images.labels)
-    loss = DiffusionLoss(
-        NoiseSchedule(study.diffusion.timesteps), 1, study.diffusion.label_dropout, len(study.data.classes),
-        weighting=study.diffusion.weighting, steps=study.network_steps,
-    )  # fmt: skip
-    noise = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.swin.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.learning_rate / 20)
-    for step in range(1, config.steps + 1):
-        rows = torch.randint(len(y), (config.batch_size,), generator=noise)
-        optimizer.zero_grad()
-        loss(net, x[rows], y[rows], generator=noise).mean().backward()
-        optimizer.step()
-        schedule.step()
-        if on_step is not None and (step % _REPORT_EVERY == 0 or step == config.steps):
-            on_step(step, config.steps)
-    weights = {
-        name: np.zeros_like(array) if name.startswith("swin.head.") else array
-        for name, array in model.weights().items()
-    }
-    atomic_write(file, pack_arrays(weights))
-    return weights
+    run = _Run.resumed(study, file)
+    data, steps, losses = _Batches(study, corpus), study.pretrain.steps, list[float]()
+    saved = time.monotonic()
+    while run.step < steps:
+        losses.append(run.train(*data.at(run.step)))
+        if time.monotonic() - saved > _SAVE_SECONDS or run.step == steps:
+            run.save(file)
+            saved = time.monotonic()
+        if on_step is not None and (run.step % _REPORT_EVERY == 0 or run.step == steps):
+            on_step(run.step, steps, float(np.mean(losses[-_REPORT_EVERY:])))
+    return run.average.weights()
 
 
-def exact_prior(study: Study, images: ImageSet) -> Prior:
-    """The Gaussian of public images, without noise."""
-    space, units, classes = space_of(study), Units.of(images, "image"), len(study.data.classes)
-    sums = class_sums(units, classes, space).parts["means"].numpy()
-    counts = np.bincount(images.labels, minlength=classes).astype(np.float64)
-    spread = spread_sums(units, class_means(sums, counts, space, noise_std=0.0), space).parts
-    second_moments, power, norm = (spread[name].numpy() for name in ("second_moments", "band_power", "norm"))
-    return Prior.fit(space, sums, second_moments, power, norm, counts, noise_std=0.0)
+@dataclass
+class _Run:
+    """Everything that a stop must not lose."""
+
+    study: Study
+    model: DiffusionModel
+    average: DiffusionModel
+    adam: torch.optim.AdamW
+    step: int
+
+    @classmethod
+    def begun(cls, study: Study) -> _Run:
+        model = load_model(study, initial_weights(study))
+        rate = study.pretrain.learning_rate
+        adam = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        return cls(study, model, copy.deepcopy(model), adam, 0)
+
+    @classmethod
+    def resumed(cls, study: Study, file: Path) -> _Run:
+        """From what `save` kept, where it is whole and of this network; else from the study's initial weights."""
+        run = cls.begun(study)
+        try:
+            run._load(unpack_arrays(file.read_bytes(), where=str(file)))
+        except (OSError, SynthwardError, KeyError):
+            return cls.begun(study)
+        return run
+
+    def train(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
+        """One step; its loss."""
+        self._set_rate()
+        loss = DiffusionLoss(1, self.study.diffusion.label_dropout, len(self.study.data.classes))
+        draws = loss.draw(len(labels), tuple(images.shape[-3:]), generator=generator, dtype=torch.float32)
+        self.adam.zero_grad()
+        value = loss.losses(self.model.train(), images, labels, draws).mean()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _LONGEST_STEP)
+        self.adam.step()
+        keep = min(_AVERAGE, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(now, 1 - keep)
+        self.step += 1
+        return float(value.detach())
+
+    def _set_rate(self) -> None:
+        config, done = self.study.pretrain, self.step
+        falling = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + np.cos(np.pi * done / config.steps))
+        for group in self.adam.param_groups:
+            group["lr"] = config.learning_rate * min((done + 1) / _WARM_UP, falling)
+
+    def save(self, file: Path) -> None:
+        """Write all of it."""
+        arrays = {f"weights/{n}": a for n, a in self.model.weights().items()}
+        arrays |= {f"average/{n}": a for n, a in self.average.weights().items()}
+        for name, parameter in self.model.named_parameters():
+            arrays |= {f"{part}/{name}": self.adam.state[parameter][part].numpy() for part in _MOMENTS}
+        atomic_write(file, pack_arrays({**arrays, "step": np.array([self.step])}))
+
+    def _load(self, arrays: Arrays) -> None:
+        def part(prefix: str) -> Arrays:
+            return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+        self.model.load_state_dict(load_model(self.study, part("weights/")).state_dict())
+        self.average.load_state_dict(load_model(self.study, part("average/")).state_dict())
+        self.step = int(arrays["step"][0])
+        for name, parameter in self.model.named_parameters():
+            moments = {kind: torch.from_numpy(arrays[f"{kind}/{name}"].copy()) for kind in _MOMENTS}
+            self.adam.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+class _Batches:
+    """Batches of the corpus, each from its step's own seed; what the study's symmetry allows is done to images."""
+
+    def __init__(self, study: Study, corpus: ImageSet) -> None:
+        self._study, self._corpus = study, corpus
+
+    def at(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """(images, labels, randomness of the loss) of a step."""
+        rng = np.random.default_rng([self._study.study.seed, step])
+        rows = rng.integers(0, len(self._corpus), self._study.pretrain.batch_size)
+        images = turned(self._corpus.images[rows], self._study.symmetry, rng)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return to_unit(images), torch.from_numpy(self._corpus.labels[rows]), generator
+
+
+def turned(images: NDArray[np.uint8], symmetry: Symmetry, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Images (N, C, S, S), each changed at random in one of the ways that the symmetry allows."""
+    if symmetry == "none":
+        return images
+    out = images.copy()
+    for row in np.flatnonzero(rng.random(len(out)) < 0.5):
+        out[row] = out[row, :, :, ::-1]
+    if symmetry == "dihedral":
+        for row, turns in enumerate(rng.integers(0, 4, len(out))):
+            out[row] = np.rot90(out[row], turns, axes=(1, 2))
+    return out

@@ -103,7 +103,7 @@ def _each(change):
 TAMPERINGS = {
     "not finite": _nan,
     "over the bound": _each(lambda array: array + np.float32(1e3)),
-    "has shape": lambda answer, arrays: (answer, {**arrays, "swin.embed.weight": np.zeros((2, 2), np.float32)}),
+    "has shape": lambda answer, arrays: (answer, {**arrays, "net.embed.weight": np.zeros((2, 2), np.float32)}),
     "wrong names": lambda answer, arrays: (answer, {"other": np.zeros(2, np.float32)}),
     "not float32": _each(lambda array: array.astype(np.float64)),
     "another question": lambda a, arrays: (a.model_copy(update={"body": TrainReply(round=99)}), arrays),
@@ -348,7 +348,7 @@ def test_moments_are_asked_once_and_their_network_is_the_checkpoint_of_round_0(t
 
 def test_one_fedsgd_step_per_round_is_the_optimizers_step_on_all_sites_sums(tmp_path):
     """Stopped after a round and taken up again: the optimizer goes on, and the prior is as it was."""
-    study = tiny_study(training={"algorithm": "fedsgd", "local_steps": 1, "parameters": "modulation", "rounds": 3})
+    study = tiny_study(training={"algorithm": "fedsgd", "local_steps": 1, "parameters": "bias", "rounds": 3})
     run = _Run(tmp_path, study)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_stage, "_one_round", _stops_after(1, train_stage._one_round))
@@ -358,7 +358,7 @@ def test_one_fedsgd_step_per_round_is_the_optimizers_step_on_all_sites_sums(tmp_
     assert first.round == 1
     assert int(first.optimizer["steps"][0]) == 1
     start = load_model(study, first.weights)
-    trained = set(start.set_trainable("modulation"))
+    trained = set(start.set_trainable("bias"))
     run.go()
     last = run.folder.last_checkpoint()
     assert int(last.optimizer["steps"][0]) == 3

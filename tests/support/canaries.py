@@ -37,7 +37,7 @@ from common.accounting import MechanismPlan, epsilon_of
 from common.auditing import epsilon_lower_bound, p_value
 from common.images import ImageSet, Units
 from common.loss_curve import LOSS_SHARE
-from common.model.swin_unet import SwinUNet
+from common.model.diffusion_model import DiffusionModel
 from common.protocol import Agreement, SiteFacts
 from common.study import Study
 from support.studies import agreement, tiny_study
@@ -45,7 +45,7 @@ from support.studies import agreement, tiny_study
 GROUP = 2_000  # canaries at one site
 UNCLIPPED = 1000.0  # gradient norm of a canary before clipping
 # Largest share of the clipping norm that a canary brings in its own direction: the loss coordinate takes a part, and in
-# the Swin U-Net the bias of the last time layer has the same gradient as the row of the label table.
+# the Swin U-Net the bias of the last layer of the noise level has the same gradient as the row of the label table.
 REACH = {"table": math.sqrt(1 - LOSS_SHARE**2), "swin": math.sqrt((1 - LOSS_SHARE**2) / 2)}
 
 
@@ -71,8 +71,8 @@ class Case:
         """A study whose epsilon goes to the training steps, but for a twentieth that the counts need."""
         return agreement(tiny_study(
             data={"image_size": 8, "channels": 1, "classes": ["clear", "opacity"]},
-            network={"patch_size": 2, "width": 8, "depths": [1, 1], "heads": [2, 2], "window": 4},
-            diffusion={"timesteps": 100, "noise_multiplicity": 1, "label_dropout": 0.0},
+            network={"width": 26, "depths": [1], "heads": [2], "window": 4},
+            diffusion={"noise_multiplicity": 1, "label_dropout": 0.0},
             training={"rounds": 1, "local_steps": self.steps, "sample_rate": self.sample_rate},
             pretrain={"source": "none"},
             privacy={"epsilon": self.epsilon, "delta": self.delta, "accountant": "prv", "counts_share": 0.05,
@@ -162,7 +162,7 @@ def _scores_of_a_site(folder: Path, case: Case, inside: np.ndarray, seed: int) -
     )  # fmt: skip
     total = np.zeros(GROUP)
     with gate.spend("train") as permit:
-        make, name = (_TableStep, "weight") if case.network == "table" else (_swin_step, "label.weight")
+        make, name = (_TableStep, "weight") if case.network == "table" else (_swin_step, "net.label.weight")
         step = make(agreed, inside)
         for _ in range(plan.steps):
             rows = step.noisy_sum(permit).tensors[name][:GROUP]
@@ -210,20 +210,26 @@ def _swin_step(agreed: Agreement, inside: np.ndarray) -> train_module._Step:
     return step
 
 
-def malicious_net(study: Study) -> SwinUNet:
+def malicious_net(study: Study) -> DiffusionModel:
     """Weights under which nearly the whole gradient of an image is in the row of its class, along (1, ..., 1).
 
-    The output is far too large, everywhere alike, so that noise and image no longer matter. On the way back the last
-    condition layer amplifies; its own gradient vanishes because the condition is 0, and so does that of the time layer.
+    The output is far too large, everywhere alike, so that noise and image no longer matter. On the way back a gate of
+    the Swin block amplifies: the condition moves one channel of its group of thirteen. The gate's own weights have no
+    gradient, because the condition is 0; nor have the layers of the noise level.
     """
-    torch.manual_seed(0)
-    net = SwinUNet(study.network, study.data)
+    net = DiffusionModel(study)
+    parts = dict(net.named_parameters())
+    block, width = "net.down.0.blocks.1.", study.network.width
     with torch.no_grad():
-        for parameter in (*net.time_in.parameters(), *net.time_out.parameters(), net.label.weight):
+        for parameter in parts.values():
             parameter.zero_()
-        net.head.weight.fill_(1.0)
-        net.head.bias.fill_(UNCLIPPED)
-        net.last_condition.weight[: study.network.width] = UNCLIPPED  # the rows of the shift
+        parts[f"{block}contract.bias"].fill_(1.0)
+        parts[f"{block}condition.bias"][5 * width :] = torch.linspace(-1, 1, width) ** 3  # the gate of the MLP
+        parts[f"{block}condition.weight"][5 * width] = UNCLIPPED
+        parts["net.norm.weight"].fill_(1.0)
+        parts["net.norm.bias"].fill_(1.0)
+        parts["net.head.weight"][:, 0, 1, 1] = 1.0
+        parts["net.head.bias"].fill_(UNCLIPPED)
     return net
 
 

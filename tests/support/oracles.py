@@ -11,28 +11,30 @@ from torch import Tensor, nn
 
 from client.privacy.gradients import PrivateGradients
 from common.bounded import BoundedSum
-from common.model.diffusion import DiffusionLoss, Draws, NoiseSchedule
+from common.model.diffusion import DiffusionLoss, Draws
+from common.model.diffusion_model import DiffusionModel
 from common.model.record_rule import Loss, Rows
-from common.model.swin_unet import SwinUNet
-from common.study import DataConfig, NetworkConfig
+from common.model.swin_unet import SwinBlock
+from support.studies import tiny_study
 
 
-def randomised_net(*, size: int, channels: int, patch: int, dtype: torch.dtype, shift: bool = True) -> SwinUNet:
+def randomised_net(*, size: int, channels: int, dtype: torch.dtype, shift: bool = True) -> DiffusionModel:
     """A narrow network of the shipped class with every parameter away from zero, so that no gradient vanishes.
 
-    With `shift` the token side exceeds the window and the second block of a level is shifted; without, windows cover
+    With `shift` the side of the Swin blocks exceeds the window and the second block is shifted; without, windows cover
     the whole side.
     """
     torch.manual_seed(7)
-    tokens = size // patch
-    network = NetworkConfig(
-        patch_size=patch, width=8, depths=(2, 1), heads=(2, 2), window=tokens // 2 if shift else tokens, mlp_ratio=1.5
-    )
-    data = DataConfig(image_size=size, channels=channels, classes=("a", "b", "c"))
-    net = SwinUNet(network, data).to(dtype)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.25)
-    shifts = [block.shift for stage in net.down for block in stage]  # pyright: ignore
+    side = size // 2
+    window = next(w for w in range(min(side // (1 + shift), 16), 0, -1) if side % w == 0)
+    study = tiny_study(
+        data={"image_size": size, "channels": channels, "classes": ["a", "b", "c"]},
+        network={"width": 8, "depths": [0, 2], "heads": [1, 2], "window": window, "mlp_ratio": 1.5},
+    )  # fmt: skip
+    net = DiffusionModel(study).to(dtype)
+    for name, parameter in net.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.25)
+    shifts = [block.shift for block in net.modules() if isinstance(block, SwinBlock)]
     assert any(shifts) == shift
     return net
 
@@ -42,16 +44,16 @@ def rows(records: int, *, size: int, channels: int, draws: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(11)
     x = torch.rand(records, channels, size, size, generator=generator, dtype=dtype) * 2 - 1
     made = diffusion_loss(draws).draw(records, (channels, size, size), generator=generator, dtype=dtype)
-    return x, torch.arange(records) % 3, made.t, made.noise, made.keep_label
+    return x, torch.arange(records) % 3, made.sigma, made.noise, made.keep_label
 
 
 def diffusion_loss(draws: int) -> DiffusionLoss:
-    return DiffusionLoss(NoiseSchedule(50), draws, 0.3, 3)
+    return DiffusionLoss(draws, 0.3, 3)
 
 
-def losses(net: nn.Module, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, keep_label: Tensor) -> Tensor:
+def losses(net: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Tensor, keep_label: Tensor) -> Tensor:
     """The loss of rows, (B,)."""
-    return diffusion_loss(t.shape[1]).losses(net, x, y, Draws(t, noise, keep_label))
+    return diffusion_loss(sigma.shape[1]).losses(net, x, y, Draws(sigma, noise, keep_label))
 
 
 def looped_gradients(net: nn.Module, loss: Loss, made: Rows) -> dict[str, Tensor]:

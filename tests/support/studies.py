@@ -15,8 +15,8 @@ from common.study_file import parse_study
 TINY: dict[str, dict[str, Any]] = {
     "study": {"name": "tiny", "modality": "radiology", "seed": 3},
     "data": {"image_size": 16, "channels": 1, "classes": ["clear", "opacity"]},
-    "network": {"patch_size": 2, "width": 16, "depths": [1, 1], "heads": [2, 2], "window": 4},
-    "diffusion": {"timesteps": 100, "noise_multiplicity": 1},
+    "network": {"width": 8, "depths": [0, 1], "heads": [1, 2], "window": 4},
+    "diffusion": {"noise_multiplicity": 1},
     "moments": {"components": 4},
     "pretrain": {"images": 64, "steps": 2, "batch_size": 8},
     "training": {

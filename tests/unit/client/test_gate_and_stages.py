@@ -372,7 +372,7 @@ def test_any_plan_but_the_one_that_was_approved_is_refused_before_anything_is_sp
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_spent(site):
     weights = initial_weights(STUDY)
-    name = "swin.embed.weight"
+    name = "net.embed.weight"
     bad = [
         {**weights, name: np.full_like(weights[name], value)} for value in (np.nan, np.inf, 1e9, -1e9)
     ] + [{"other": np.zeros(3, np.float32)}, {**weights, name: weights[name].astype(np.float64) * 1e300},

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
-from common.model.diffusion import DiffusionLoss, NoiseSchedule
+from common.model.diffusion import SIGMA_DATA, DiffusionLoss, Preconditioning
+from common.model.diffusion_model import DiffusionModel, initial_weights, load_model
 from common.model.layers import from_windows, shift_mask, to_windows
-from common.model.samplers import sample
+from common.model.samplers import SIGMA_MAX, SIGMA_MIN, noise_levels, sample
 from common.model.swin_unet import SwinUNet
 from common.study import DataConfig, GenerationConfig, NetworkConfig
+from support.studies import tiny_study
 
 DATA = DataConfig(image_size=28, channels=1, classes=("a", "b"))
 
 
-def _net(network=NetworkConfig(), data=DATA):
+def _net(network=NetworkConfig(width=8), data=DATA):
     torch.manual_seed(0)
     net = SwinUNet(network, data)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.2)
+    for name, parameter in net.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.1)
     return net
 
 
-def test_the_default_network_has_under_a_million_parameters():
-    assert 100_000 < sum(p.numel() for p in SwinUNet(NetworkConfig(), DATA).parameters()) < 1_000_000
+def test_the_default_network_has_a_million_parameters_or_two():
+    assert 500_000 < sum(p.numel() for p in SwinUNet(NetworkConfig(), DATA).parameters()) < 2_000_000
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "patch", "window"), [(28, 1, 2, 7), (28, 3, 4, 7), (64, 3, 4, 8), (32, 1, 2, 5)]
+    ("size", "channels", "depths", "window"), [(28, 1, (0, 2, 2), 7), (64, 3, (0, 0, 2), 8), (32, 1, (2,), 5)]
 )
-def test_the_output_has_the_shape_of_the_input(size, channels, patch, window):
+def test_the_output_has_the_shape_of_the_input(size, channels, depths, window):
     data = DataConfig(image_size=size, channels=channels, classes=("a", "b", "c"))
-    depths = (1,) if (size // patch) % 2 else (1, 1)
-    net = _net(NetworkConfig(patch_size=patch, width=8, depths=depths, heads=(2,) * len(depths), window=window), data)
-    x = torch.randn(2, 3, channels, size, size)
-    assert net(x, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)).shape == x.shape
+    net = _net(NetworkConfig(width=8, depths=depths, heads=(2,) * len(depths), window=window), data)
+    x = torch.randn(3, channels, size, size)
+    assert net(x, torch.zeros(3), torch.zeros(3, dtype=torch.int64)).shape == x.shape
 
 
-def test_time_and_class_change_the_prediction_and_draws_do_not_touch_each_other():
+def test_a_new_network_answers_nothing_and_the_model_is_then_the_best_linear_guess():
+    model = load_model(tiny_study(), initial_weights(tiny_study()))
+    x, sigma, y = torch.randn(2, 1, 16, 16), torch.tensor([0.5, 3.0]), torch.zeros(2, dtype=torch.int64)
+    assert not model(x, sigma, y).any()
+    shrink = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+    torch.testing.assert_close(model.denoised(x, sigma, y), x * shrink[:, None, None, None])
+
+
+def test_noise_level_and_class_change_the_answer_and_rows_do_not_touch_each_other():
     net = _net()
-    x, t, y = torch.randn(1, 2, 1, 28, 28), torch.tensor([[5, 5]]), torch.tensor([[0, 0]])
-    base = net(x, t, y)
-    for changed in (net(x, torch.tensor([[5, 700]]), y), net(x, t, torch.tensor([[0, 2]]))):
-        torch.testing.assert_close(changed[:, 0], base[:, 0], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(changed[:, 1], base[:, 1], atol=1e-3)
+    x, level, y = torch.randn(2, 1, 28, 28), torch.tensor([0.1, 0.1]), torch.tensor([0, 0])
+    base = net(x, level, y)
+    for changed in (net(x, torch.tensor([0.1, -0.4]), y), net(x, level, torch.tensor([0, 2]))):
+        torch.testing.assert_close(changed[0], base[0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(changed[1], base[1], atol=1e-3)
 
 
 def test_windows_are_put_back_where_they_came_from():
-    x = torch.arange(2 * 3 * 64 * 5, dtype=torch.float32).view(2, 3, 64, 5)
+    x = torch.arange(3 * 64 * 5, dtype=torch.float32).view(3, 64, 5)
     for shift in (0, 2):
         assert torch.equal(from_windows(to_windows(x, 8, 4, shift), 8, 4, shift), x)
 
@@ -62,89 +69,106 @@ def test_the_shift_mask_separates_exactly_the_tokens_from_across_the_seam():
     assert ((mask[3] == 0) == torch.eye(4, dtype=torch.bool)).all()
 
 
-def test_information_crosses_window_borders_with_shifted_windows_only():
-    def reach(depth):
-        data = DataConfig(image_size=16, channels=1, classes=("a", "b"))
-        net = _net(NetworkConfig(patch_size=2, width=8, depths=(depth,), heads=(2,), window=4), data)
-        x, zero = torch.zeros(1, 1, 1, 16, 16), torch.zeros(1, 1, dtype=torch.int64)
-        moved = x.clone()
-        moved[..., 0, 0] = 3.0
-        return (net(moved, zero, zero) - net(x, zero, zero)).abs()[0, 0, 0]
-
-    plain, shifted = reach(1), reach(2)
-    assert plain[:8, :8].max() > 1e-3
-    assert plain[8:, :].max() < 1e-6
-    assert shifted[8:12, :8].max() > 1e-4
+def test_only_the_chosen_parameters_are_trained():
+    model = DiffusionModel(tiny_study())
+    names = {which: set(model.set_trainable(which)) for which in ("all", "bias", "head")}
+    assert names["all"] == {name for name, _ in model.named_parameters()}
+    assert names["bias"] < names["all"]
+    few = {"net.label.weight", "net.head.weight", "net.noise_in.bias", "net.down.0.blocks.0.norm1.weight"}
+    assert few < names["bias"]
+    assert not any(name.endswith(("conv1.weight", "qkv.weight", "table")) for name in names["bias"])
+    assert names["head"] == {f"net.{layer}.{part}" for layer in ("head", "norm") for part in ("weight", "bias")}
+    assert sum(p.requires_grad for p in model.parameters()) == len(names["head"])
 
 
-def test_the_cosine_schedule_falls_from_signal_to_noise():
-    bars = NoiseSchedule(1000).alphas_bar
-    assert bars[0] > 0.9999
-    assert bars[-1] < 1e-4
-    assert (bars[1:] < bars[:-1]).all()
-    middle = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    assert bars[499].item() == pytest.approx(middle, rel=1e-6)
+def test_weights_of_another_study_are_refused():
+    from common.errors import ReplyError
+
+    weights = initial_weights(tiny_study())
+    for wrong in (
+        {k: v for k, v in weights.items() if k != "net.head.bias"},
+        {**weights, "net.label.weight": weights["net.label.weight"][:-1]},
+        {**weights, "net.embed.bias": weights["net.embed.bias"] * float("nan")},
+    ):
+        with pytest.raises(ReplyError):
+            load_model(tiny_study(), wrong)
 
 
-def test_a_network_that_predicts_nothing_has_loss_of_at_most_one_and_the_right_answer_has_loss_zero():
-    schedule = NoiseSchedule(100)
-    loss = DiffusionLoss(schedule, 64, 0.1, 2)
-    x, y = torch.rand(4, 1, 16, 16) * 2 - 1, torch.zeros(4, dtype=torch.int64)
-    draws = loss.draw(4, (1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+class _Exact(nn.Module):
+    """The exact answer for data N(mean, std²) in every pixel; another mean for each class."""
 
-    class Zero(nn.Module):
-        def forward(self, x, t, y):
-            return torch.zeros_like(x)
+    def __init__(self, means, std):
+        super().__init__()
+        self.means, self.std = torch.tensor(means), std
 
-    clean = x
+    def denoised(self, x, sigma, y):
+        mean, sigma = self.means[y][:, None, None, None], sigma[:, None, None, None]
+        return mean + self.std**2 / (self.std**2 + sigma**2) * (x - mean)
 
-    class Oracle(nn.Module):
-        def forward(self, noisy, t, labels):
-            return schedule.velocity(clean[:, None], draws.noise, draws.t)
+    def forward(self, x, sigma, y):
+        by = Preconditioning.at(sigma)
+        return (self.denoised(x, sigma, y) - by.skip * x) / by.out
 
-    assert 0.3 < loss.losses(Zero(), x, y, draws).mean().item() < 1.0
-    assert loss.losses(Oracle(), x, y, draws).max() < 1e-12
-    assert loss.losses(Zero(), x, y, draws).shape == (4,)
+
+def test_no_answer_has_loss_one_for_pixels_of_the_stated_spread_and_the_exact_answer_the_least():
+    loss = DiffusionLoss(64, 0.0, 2)
+    x = 0.1 + 0.5 * torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    y = torch.zeros(8, dtype=torch.int64)
+    draws = loss.draw(8, (1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    nothing = loss.losses(_Exact([0.0], SIGMA_DATA), x - 0.1, y, draws)
+    assert nothing.shape == (8,)
+    assert nothing.mean().item() == pytest.approx(1.0, rel=0.05)
+    exact, off = (loss.losses(_Exact([mean], 0.5), x, y, draws).mean().item() for mean in (0.1, 0.4))
+    assert exact < off - 0.01
+
+
+def test_the_loss_is_edms_weighted_squared_error_of_the_clean_image():
+    """Karras et al. 2022, eq. 8: weight (sigma² + s²) / (sigma s)², s = SIGMA_DATA."""
+    model, loss = _Exact([0.3, -0.2, 0.0], 0.4), DiffusionLoss(3, 0.0, 2)
+    x, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 0, 1])
+    draws = loss.draw(4, (1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    expected = torch.zeros(4)
+    for k in range(3):
+        sigma = draws.sigma[:, k]
+        clean = model.denoised(x + sigma[:, None, None, None] * draws.noise[:, k], sigma, y)
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        expected += weight * (clean - x).square().mean(dim=(1, 2, 3)) / 3
+    torch.testing.assert_close(loss.losses(model, x, y, draws), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_dropped_to_the_null_class_at_the_stated_rate():
     seen = []
 
     class Spy(nn.Module):
-        def forward(self, x, t, y):
+        def forward(self, x, sigma, y):
             seen.append(y)
             return x
 
-    loss = DiffusionLoss(NoiseSchedule(10), 50, 0.25, 7)
-    loss(Spy(), torch.zeros(40, 1, 8, 8), torch.ones(40, dtype=torch.int64), generator=torch.Generator().manual_seed(1))
+    loss = DiffusionLoss(50, 0.25, 7)
+    draws = loss.draw(40, (1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    loss.losses(Spy(), torch.zeros(40, 1, 8, 8), torch.ones(40, dtype=torch.int64), draws)
     assert set(seen[0].unique().tolist()) == {1, 7}
     assert (seen[0] == 7).double().mean().item() == pytest.approx(0.25, abs=0.04)
 
 
-class _GaussianNet(nn.Module):
-    """The exact prediction of the velocity for data N(mean, std²) in every pixel; another mean for each class."""
-
-    def __init__(self, schedule, means, std):
-        super().__init__()
-        self.schedule, self.means, self.std = schedule, torch.tensor(means), std
-
-    def forward(self, x, t, y):
-        a = self.schedule.alphas_bar[t][..., None, None, None]
-        mean = self.means[y][..., None, None, None]
-        noise = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * self.std**2 + 1 - a)
-        x0 = mean + a.sqrt() * self.std**2 * (x - a.sqrt() * mean) / (a * self.std**2 + 1 - a)
-        return (a.sqrt() * noise - (1 - a).sqrt() * x0).float()
+def test_noise_levels_fall_from_the_largest_to_the_smallest():
+    levels = noise_levels(18)
+    assert levels[0] == pytest.approx(SIGMA_MAX)
+    assert levels[-1] == pytest.approx(SIGMA_MIN)
+    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ancestral", 250), ("ddim", 50), ("dpm-solver++", 20)])
-def test_each_sampler_draws_from_a_known_distribution_when_the_network_is_exact(sampler, steps):
-    schedule = NoiseSchedule(1000)
-    net = _GaussianNet(schedule, [0.2, -0.3, 0.0], 0.15)
-    labels = torch.tensor([0, 1]).repeat_interleave(60)
-    images = sample(
-        net, labels, null_label=2, shape=(1, 8, 8), schedule=schedule, generator=torch.Generator().manual_seed(0),
-        config=GenerationConfig(sampler=sampler, steps=steps, images=120),
+def _sample(net, labels, config, seeds=None):
+    return sample(
+        net, labels, null_label=2, shape=(1, 8, 8), config=config, seeds=seeds or range(len(labels))
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ancestral", 250), ("heun", 20), ("dpm-solver++", 20)])
+def test_each_sampler_draws_from_a_known_distribution_when_the_model_is_exact(sampler, steps):
+    labels = torch.tensor([0, 1]).repeat_interleave(60)
+    config = GenerationConfig(sampler=sampler, steps=steps, images=120, guidance=0)
+    images = _sample(_Exact([0.2, -0.3, 0.0], 0.15), labels, config)
     assert images.shape == (120, 1, 8, 8)
     for label, mean in ((0, 0.2), (1, -0.3)):
         part = images[labels == label]
@@ -155,46 +179,16 @@ def test_each_sampler_draws_from_a_known_distribution_when_the_network_is_exact(
 
 
 def test_guidance_pushes_away_from_the_unconditional_mean():
-    schedule = NoiseSchedule(1000)
-    net = _GaussianNet(schedule, [0.2, -0.2, 0.0], 0.1)
-    labels = torch.zeros(40, dtype=torch.int64)
+    net, labels = _Exact([0.2, -0.2, 0.0], 0.1), torch.zeros(40, dtype=torch.int64)
 
     def mean(guidance):
-        config = GenerationConfig(steps=20, guidance=guidance, images=40)
-        return sample(net, labels, null_label=2, shape=(1, 8, 8), schedule=schedule, config=config,
-                      generator=torch.Generator().manual_seed(0)).mean().item()  # fmt: skip
+        return _sample(net, labels, GenerationConfig(steps=20, guidance=guidance, images=40)).mean().item()
 
     assert mean(2.0) > mean(0.0) + 0.1
 
 
-def test_the_same_seed_gives_the_same_images():
-    net, schedule = _net(NetworkConfig(width=8, heads=(2, 2), depths=(1, 1))), NoiseSchedule(50)
-
-    config = GenerationConfig(steps=4, images=2)
-
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return sample(
-            net, torch.tensor([0, 1]), null_label=2, shape=(1, 28, 28), schedule=schedule, config=config,
-            generator=generator,
-        )  # fmt: skip
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-
-
-def test_min_snr_weighs_each_draw_by_its_capped_signal_to_noise():
-    """A network that is wrong by 1 everywhere: the loss is the weight itself, min(SNR, 5) / (SNR + 1)."""
-    schedule = NoiseSchedule(100)
-    plain = DiffusionLoss(schedule, 4, 0.0, 2)
-    weighted = DiffusionLoss(schedule, 4, 0.0, 2, weighting="min-snr")
-    x = torch.zeros(3, 1, 8, 8)
-    draws = plain.draw(3, (1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    wanted = schedule.velocity(x[:, None], draws.noise, draws.t)
-    wrong = lambda *_: wanted + 1.0
-    snr = schedule.alphas_bar[draws.t] / (1 - schedule.alphas_bar[draws.t])
-    expected = (snr.clamp(max=5.0) / (snr + 1)).mean(dim=1)
-    torch.testing.assert_close(plain.losses(wrong, x, torch.zeros(3, dtype=torch.int64), draws), torch.ones(3))
-    got = weighted.losses(wrong, x, torch.zeros(3, dtype=torch.int64), draws)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
-    assert (expected < 1).all()
+def test_an_image_depends_on_its_own_seed_alone():
+    net, config = _Exact([0.2, -0.2, 0.0], 0.1), GenerationConfig(steps=4, images=2, sampler="ancestral")
+    both = _sample(net, torch.tensor([0, 1]), config, [5, 6])
+    torch.testing.assert_close(_sample(net, torch.tensor([1]), config, [6])[0], both[1])
+    assert not torch.equal(_sample(net, torch.tensor([1]), config, [7])[0], both[1])

@@ -46,11 +46,11 @@ def test_any_changed_setting_changes_the_hash():
         ("delta = 1e-05", "delta = 2.0", "privacy.delta", "less than 1"),
         ('accountant = "rdp"', 'accountant = "pvr"', "privacy.accountant", "'prv' or 'rdp'"),
         ("channels = 1", "channels = 2", "data.channels", "1 or 3"),
-        ("image_size = 16", "image_size = 18", "network.patch_size", "divide"),
-        ("heads = [\n    2,", "heads = [\n    3,", "network.heads", "divide"),
-        ("heads = [\n    2,", "heads = [\n    0,", "network.heads", "greater than or equal to 1"),
-        ("depths = [\n    1,", "depths = [\n    400,", "network.depths", "less than or equal to 16"),
-        ("width = 16", "width = 513", "network.width", "less than or equal to 512"),
+        ("image_size = 16", "image_size = 17", "network.depths", "halved"),
+        ("heads = [\n    1,", "heads = [\n    3,", "network.heads", "divide"),
+        ("heads = [\n    1,", "heads = [\n    0,", "network.heads", "greater than or equal to 1"),
+        ("depths = [\n    0,", "depths = [\n    400,", "network.depths", "less than or equal to 16"),
+        ("width = 8", "width = 513", "network.width", "less than or equal to 512"),
         ("max_grad_norm = 1.0", "max_grad_norm = 1e-44", "training.max_grad_norm", "greater than or equal to 0.001"),
         ("seed = 3", "seed = 18446744073709551616", "study.seed", "less than"),
         ("local_steps = 2", "local_steps = 200001", "training.local_steps", "less than or equal to"),
@@ -101,8 +101,8 @@ def test_no_override_text_escapes_as_another_kind_of_error(tmp_path_factory, tex
 def test_a_study_that_would_learn_nothing_or_draw_what_cannot_be_drawn_is_refused(tmp_path):
     for sections, field in (
         ({"training": {"rounds": 0}, "privacy": {"moments_share": 0.0}}, "training.rounds"),
-        ({"data": {"image_size": 8, "channels": 1, "classes": ["a", "b"]}, "network": {"patch_size": 1}},
-         "pretrain.source"),
+        ({"data": {"image_size": 8, "channels": 1, "classes": ["a", "b"]}, }, "pretrain.source"),
+        ({"pretrain": {"source": "none"}}, "pretrain.source"),
     ):  # fmt: skip
         with pytest.raises(StudyError, match=field):
             tiny_study(**sections)

@@ -97,7 +97,7 @@ def test_patients_that_are_not_known_cannot_be_protected():
 
 def test_a_patients_gradient_is_the_mean_over_its_images_and_is_clipped_once():
     """The private gradient of two chosen patients equals a loop over single patients and images, in float64."""
-    net = randomised_net(size=16, channels=1, patch=2, dtype=torch.float64)
+    net = randomised_net(size=16, channels=1, dtype=torch.float64)
     rng = np.random.default_rng(2)
     images = ImageSet(
         rng.integers(0, 256, (7, 1, 16, 16), dtype=np.uint8), np.arange(7) % 3, np.array([0] * 5 + [1] * 2)
@@ -105,7 +105,7 @@ def test_a_patients_gradient_is_the_mean_over_its_images_and_is_clipped_once():
     picked, labels = Units.of(images, "patient").draw(np.array([True, True]), 5, rng)
     x, y = to_unit(picked).double(), torch.from_numpy(labels)
     draws = diffusion_loss(5).draw(2, (1, 16, 16), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    made = (x, y, draws.t, draws.noise, draws.keep_label)
+    made = (x, y, draws.sigma, draws.noise, draws.keep_label)
 
     expected, lengths = torch.zeros(sum(p.numel() for p in net.parameters()), dtype=torch.float64), []
     for patient in range(2):

@@ -1,4 +1,4 @@
-"""One step of the optimizer on the sum of the sites' noisy gradients, and the public start before it."""
+"""One step of the optimizer on the sum of the sites' noisy gradients."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ import pytest
 import torch
 
 from common.errors import ReplyError
-from common.model.diffusion_model import initial_weights, load_model
 from common.optimizer import Adam
 from server.federation.aggregation import mean_gradient
 from server.federation.screening import largest_sum_norm, most_drawn, most_units, screen_norm
-from server.synthesis.pretrain import exact_prior, pretrained
-from support.studies import tiny_study
-
-STUDY = tiny_study()
 
 
 def test_the_common_gradient_is_the_sum_over_the_records_of_the_sites_that_answered():
@@ -62,31 +57,3 @@ def test_the_most_units_that_a_site_can_have_hold_however_the_counts_noise_fell(
     assert np.median(most) < sizes.sum() + 30.0 * 18
     assert most_units([5.0, -3.0], 0.0) == 5.0
     assert most_drawn(10.0, 1.0) == 10.0
-
-
-def test_the_public_start_is_made_once_from_the_seed_and_a_spoilt_one_anew(tmp_path):
-    file, seen = tmp_path / "pretrained.safetensors", []
-    first = pretrained(STUDY, file, on_step=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 2)]
-    again = pretrained(STUDY, file, on_step=lambda *_: seen.append("again"))
-    assert seen == [(2, 2)]
-    elsewhere = pretrained(STUDY, tmp_path / "other")
-    file.write_bytes(file.read_bytes()[:100])
-    mended = pretrained(STUDY, file)
-    for name, array in first.items():
-        for other in (again, elsewhere, mended):
-            np.testing.assert_allclose(other[name], array, atol=1e-6, err_msg=name)
-    assert not first["swin.head.weight"].any() and not first["swin.head.bias"].any(), "draws the Gaussian as it is"
-    start = initial_weights(STUDY)
-    assert any(not np.array_equal(first[name], start[name]) for name in start if name.startswith("swin."))
-
-
-def test_the_prior_of_the_phantoms_is_not_the_public_one():
-    from common.phantoms import public_phantoms
-
-    images = public_phantoms("radiology", STUDY.data, 128, seed=0)
-    prior = exact_prior(STUDY, images)
-    assert np.abs(prior.means).max() > 0.01
-    model = load_model(STUDY, initial_weights(STUDY))
-    assert not torch.tensor(prior.means).isnan().any()
-    assert float(model.prior.means.abs().max()) == 0.0

@@ -7,15 +7,15 @@ import pytest
 
 from common.errors import DataError, StudyError
 from common.files import sha256_file
-from server.synthesis.pretrain import pretrained
-from server.synthesis.public_set import check_public_set, public_images
+from common.study import DataConfig
+from server.synthesis.public_set import ANY_CLASS, check_public_set, fitted, public_images
 from support.datasets import good_arrays, write_npz
 from support.studies import tiny_study
 
 
 @pytest.fixture
 def file(tmp_path):
-    return write_npz(tmp_path / "public.npz", good_arrays(size=16))
+    return write_npz(tmp_path / "public.npz", good_arrays(size=16, train=80))
 
 
 def _study(file, **changes):
@@ -23,26 +23,41 @@ def _study(file, **changes):
     return tiny_study(pretrain={**named, **changes})
 
 
-def test_the_train_partition_of_the_named_file_is_what_the_network_learns_from(file, tmp_path):
+def test_the_train_partition_of_the_named_file_is_what_lends_its_shapes(file):
     study = _study(file)
     images = public_images(study)
-    stored = good_arrays(size=16)
-    assert np.array_equal(images.images[:, 0], stored["train_images"])
-    on_file = pretrained(study, tmp_path / "a")
-    on_phantoms = pretrained(tiny_study(), tmp_path / "b")
-    assert np.abs(on_file["prior.means"] - on_phantoms["prior.means"]).max() > 0.05
-    assert any(not np.array_equal(on_file[n], on_phantoms[n]) for n in on_file if n.startswith("swin."))
+    assert np.array_equal(images.images[:, 0], good_arrays(size=16, train=80)["train_images"])
+    assert set(images.labels.tolist()) == {ANY_CLASS}
+
+
+@pytest.mark.parametrize(("size", "channels"), [(16, 1), (33, 1), (20, 3)])
+def test_images_of_another_size_or_colour_are_made_to_fit(size, channels, tmp_path):
+    shape = (70, size, size + 4) + ((3,) if channels == 3 else ())
+    pixels = np.full(shape, 90, np.uint8)
+    pixels[:, :, : size // 2 + 2] = 30
+    path = tmp_path / "any.npz"
+    np.savez(path, images=pixels)
+    images = public_images(_study(path)).images
+    assert images.shape == (70, 1, 16, 16)
+    assert images[0, 0, 8, 2] == 30 and images[0, 0, 8, 13] == 90
+    grey = np.full((2, 3, 16, 16), 0, np.uint8)
+    grey[:, 1] = 100
+    assert fitted(grey, tiny_study().data)[0, 0, 0, 0] == round(58.7)
+    colour = DataConfig(image_size=16, channels=3, classes=("a", "b"))
+    assert (fitted(images, colour) == images).all()
 
 
 def test_another_file_a_missing_one_and_one_of_other_images_are_refused_in_a_line(file, tmp_path):
     study = _study(file)
-    with pytest.raises(DataError, match="the study has 1"):
-        public_images(_study(write_npz(tmp_path / "colour.npz", good_arrays(size=16, channels=3))))
+    with pytest.raises(DataError, match="images are 12×12 px, the study has 16×16"):
+        public_images(_study(write_npz(tmp_path / "small.npz", good_arrays(size=12, train=80))))
+    with pytest.raises(DataError, match="40 images, 64 needed"):
+        public_images(_study(write_npz(tmp_path / "few.npz", good_arrays(size=16, train=40))))
     with pytest.raises(DataError, match="no such file"):
         public_images(tiny_study(pretrain={"source": "npz", "path": "nowhere.npz", "sha256": "0" * 64}))
     with pytest.raises(DataError, match=r"pretrain.path: missing"):
         check_public_set(_study(file, path=None))
-    write_npz(file, good_arrays(size=16, train=41))
+    write_npz(file, good_arrays(size=16, train=81))
     with pytest.raises(DataError, match=f"its SHA-256 is {sha256_file(file)}") as refused:
         public_images(study)
     assert "pretrain.path" in str(refused.value)
@@ -52,7 +67,6 @@ def test_a_public_set_is_asked_for_before_a_study_that_reads_it_and_no_other():
     nowhere = {"source": "npz", "path": "nowhere.npz", "sha256": "0" * 64}
     with pytest.raises(DataError, match="no such file"):
         check_public_set(tiny_study(pretrain=nowhere))
-    check_public_set(tiny_study(pretrain=nowhere, training={"rounds": 0}))
     check_public_set(tiny_study())
 
 

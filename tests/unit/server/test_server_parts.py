@@ -10,9 +10,8 @@ from PIL import Image
 
 from common.errors import CheckpointError
 from common.images import ImageSet, to_uint8, to_unit
-from common.model.diffusion_model import initial_weights, space_of, with_prior
+from common.model.diffusion_model import initial_weights
 from common.optimizer import largest_update_norm
-from common.prior import Prior
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moved, moving_average, within
 from server.release.bundle import verify_checksums
@@ -72,19 +71,30 @@ def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
 
 def test_guidance_uses_the_null_class_of_the_real_model(tmp_path):
     """With guidance, images of a class move away from what the model draws of no class at all."""
-    guided = tiny_study(generation={"guidance": 3.0})
-    space = space_of(guided)
-    means = np.zeros((3, space.dimension))
-    means[0, 0], means[1, 0] = -0.2, 0.2  # darker and lighter than the mean of all
-    public = Prior.public(space, 2)
-    weights = with_prior(initial_weights(guided), Prior(space, means, public.covariances * 0.05, public.high * 0.05))
+    weights = initial_weights(STUDY)
+    rng = np.random.default_rng(0)
+    weights = {n: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32) for n, a in weights.items()}
+    label = weights["net.label.weight"]
+    label[0], label[1], label[2] = -3.0, 3.0, 0.0  # the last row is the null class
     labels = np.array([0, 1] * 6)
 
-    def gap(study):
-        images = generate(study, weights, labels, tmp_path / f"{study.generation.guidance:g}").images
-        return images[labels == 1].mean() - images[labels == 0].mean()
+    def gap(guidance):
+        study = tiny_study(generation={"guidance": guidance})
+        images = generate(study, weights, labels, tmp_path / f"{guidance:g}").images.astype(float)
+        return np.abs(images[labels == 1].mean(axis=0) - images[labels == 0].mean(axis=0)).mean()
 
-    assert gap(guided) > 1.5 * gap(tiny_study()) > 0
+    assert gap(2.0) > 1.3 * gap(0.0) > 0
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "ancestral"])
+def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in(tmp_path, sampler):
+    rng, labels = np.random.default_rng(0), np.array([0, 1] * 6)
+    weights = {n: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32) for n, a in initial_weights(STUDY).items()}
+    sets = [
+        generate(tiny_study(generation={"batch_size": size, "sampler": sampler}), weights, labels, tmp_path / str(size))
+        for size in (12, 5)
+    ]
+    assert np.abs(sets[0].images.astype(int) - sets[1].images).max() <= 1  # rounding
 
 
 def test_a_run_folder_never_overwrites_another(tmp_path):

@@ -1,0 +1,107 @@
+"""The corpus: public images carried, class by class, to the private moments. The network learns from it.
+
+SPDX-License-Identifier: Apache-2.0
+
+Shapes come from public images, statistics from the sites: in the low coordinates by the optimal map between two
+Gaussians (Peyré and Cuturi 2019, remark 2.31), above them by one gain for each band. All of it is post-processing of
+noisy sums. N images, C channels, S pixels a side, K classes, d low and h high coordinates (`common/moments.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from common.images import ImageSet
+from common.moments import Coordinates, Floats
+from common.prior import Prior
+
+_AT_ONCE = 512
+_SMALLEST = 1e-3  # of the largest public standard deviation: below it a direction is not stretched
+_MOST = 2.5  # gain of a direction or a band, and one over it the least
+
+
+def carried(public: ImageSet, prior: Prior) -> ImageSet:
+    """For each class, the public images of that class, or all where none is known to be, carried to its moments.
+
+    Args:
+        public: images (N, C, S, S).
+        prior: of the sites' noisy moments.
+
+    Returns:
+        At most K·N images, class by class.
+    """
+    space, images, labels = prior.space, [], []
+    for kind in range(len(prior.means)):
+        low, high = _coordinates(of_class(public, kind), space)
+        moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), prior.covariances[kind]).T + prior.means[kind]
+        images.append(_pixels(moved, high * _gains(high, prior.high[kind], space), space))
+        labels.append(np.full(len(low), kind, dtype=np.int64))
+    return ImageSet(np.concatenate(images), np.concatenate(labels))
+
+
+def uncarried(public: ImageSet, classes: int) -> ImageSet:
+    """The same where there are no private moments: each class has the public images as they are."""
+    parts = [of_class(public, kind) for kind in range(classes)]
+    labels = np.repeat(np.arange(classes), [len(part) for part in parts])
+    return ImageSet(np.concatenate(parts), labels.astype(np.int64))
+
+
+def of_class(public: ImageSet, kind: int) -> NDArray[np.uint8]:
+    """The public images of one class, or all where none has that label."""
+    mine = public.labels == kind
+    return public.images[mine] if mine.any() else public.images
+
+
+def low_covariance(public: NDArray[np.uint8], space: Coordinates) -> Floats:
+    """Covariance (d, d) of images' low coordinates, positive definite."""
+    covariance: Floats = np.cov(_coordinates(public, space)[0].T)
+    return covariance + np.eye(len(covariance)) * _SMALLEST**2 * np.trace(covariance)
+
+
+def _coordinates(images: NDArray[np.uint8], space: Coordinates) -> tuple[Floats, Floats]:
+    parts = [space.of(images[start : start + _AT_ONCE]) for start in range(0, len(images), _AT_ONCE)]
+    return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
+
+
+def _map(public: Floats, private: Floats) -> Floats:
+    """A with A public Aᵀ = private, the least change of all, (d, d); its gains are bounded.
+
+    Where public images hardly vary, a large gain would not make private shapes of theirs, but coloured rings.
+    """
+    root, back = _roots(public)
+    middle, _ = _roots(root @ private @ root)
+    gains, vectors = np.linalg.eigh(back @ middle @ back)
+    found: Floats = (vectors * np.clip(gains, 1 / _MOST, _MOST)) @ vectors.T
+    return found
+
+
+def _roots(matrix: Floats) -> tuple[Floats, Floats]:
+    """Square root of a symmetric matrix, and the root's inverse."""
+    values, vectors = np.linalg.eigh(matrix)
+    values = np.sqrt(np.maximum(values, values.max() * _SMALLEST**2))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def _gains(high: Floats, private: Floats, space: Coordinates) -> Floats:
+    """By high coordinate (h,): square root of private over public power in its band, within bounds."""
+    bands = space.bands[~space.low]
+    have = np.bincount(bands, np.square(high).mean(axis=0), space.band_count)
+    want = np.bincount(bands, private[~space.low], space.band_count)
+    gains: Floats = np.clip(np.sqrt(want / np.maximum(have, 1e-12)), 1 / _MOST, _MOST)[bands]
+    return gains
+
+
+def _pixels(low: Floats, high: Floats, space: Coordinates) -> NDArray[np.uint8]:
+    parts = []
+    for start in range(0, len(low), _AT_ONCE):
+        rows = slice(start, start + _AT_ONCE)
+        weighted = np.zeros((len(low[rows]), *space.low.shape))
+        weighted[:, space.low], weighted[:, ~space.low] = low[rows], high[rows]
+        coefficients = np.einsum("ec,neij->ncij", space.colours, weighted / space.weights)
+        pixels: Any = fft.idctn(coefficients, axes=(2, 3), norm="ortho")
+        parts.append(np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8))
+    return np.concatenate(parts)
