@@ -42,7 +42,7 @@ from common.protocol import Agreement, SiteFacts
 from common.study import Study
 from support.studies import agreement, tiny_study
 
-GROUP = 2_000  # canaries at one site
+GROUPS = {"table": 2_000, "swin": 250}  # canaries at one site
 UNCLIPPED = 1000.0  # gradient norm of a canary before clipping
 # Largest share of the clipping norm that a canary brings in its own direction: the loss coordinate takes a part, and in
 # the Swin U-Net the bias of the last layer of the noise level has the same gradient as the row of the label table.
@@ -140,19 +140,19 @@ def needed(case: Case) -> int:
 def _scores(folder: Path, case: Case, inside: np.ndarray, seed: int) -> np.ndarray:
     """What was released in each canary's direction, summed over the steps, in units of the clipping norm.
 
-    Every GROUP canaries are at a site of their own, since a gradient has as many numbers as there are directions.
+    Every group of canaries is at a site of their own, since a gradient has as many numbers as there are directions.
     Sites share no record, so all answers together have the epsilon of one.
     """
-    scores = []
-    for first in range(0, case.canaries, GROUP):
-        here = inside[(inside >= first) & (inside < first + GROUP)] - first
+    scores, group = [], GROUPS[case.network]
+    for first in range(0, case.canaries, group):
+        here = inside[(inside >= first) & (inside < first + group)] - first
         scores.append(_scores_of_a_site(folder / f"site-{seed}-{first}", case, here, seed * case.canaries + first))
     return np.concatenate(scores)[: case.canaries]
 
 
 def _scores_of_a_site(folder: Path, case: Case, inside: np.ndarray, seed: int) -> np.ndarray:
-    """Scores of GROUP canaries, of which those numbered `inside` are records."""
-    agreed, plan = case.agreed, training_plan(case.agreed)
+    """Scores of a group of canaries, of which those numbered `inside` are records."""
+    agreed, plan, group = case.agreed, training_plan(case.agreed), GROUPS[case.network]
     ledger = Ledger.create(folder)
     data = Fingerprints.of(ledger.key, _records(inside, 1), _nobody())
     ledger.approve(agreed.study, agreed.plan, data, by="Dr. Test")
@@ -160,12 +160,12 @@ def _scores_of_a_site(folder: Path, case: Case, inside: np.ndarray, seed: int) -
         facts=SiteFacts(name="audit", phantoms=True, random_source="seeded"), agreement=agreed, request="audit",
         policy=SitePolicy(), ledger=ledger, source=NoiseSource(seed), replies=folder,
     )  # fmt: skip
-    total = np.zeros(GROUP)
+    total = np.zeros(group)
     with gate.spend("train") as permit:
         make, name = (_TableStep, "weight") if case.network == "table" else (_swin_step, "net.label.weight")
         step = make(agreed, inside)
         for _ in range(plan.steps):
-            rows = step.noisy_sum(permit).tensors[name][:GROUP]
+            rows = step.noisy_sum(permit).tensors[name][:group]
             total += (rows.sum(dim=1) / math.sqrt(rows.shape[1])).numpy()  # along the unit vector (1, ..., 1)
         permit.done()
     ledger.close()
@@ -187,8 +187,8 @@ class _TableStep(train_module._Step):
 
     def __init__(self, agreed: Agreement, inside: np.ndarray) -> None:
         self._units, self._draws = Units.of(_records(inside, 1), "image"), 1
-        self._choice, self.expected_batch = np.random.default_rng(0), GROUP / 2
-        net = nn.Embedding(GROUP, 1)
+        self._choice, self.expected_batch = np.random.default_rng(0), GROUPS["table"] / 2
+        net = nn.Embedding(GROUPS["table"], 1)
         nn.init.zeros_(net.weight)
         self._gradients = PrivateGradients(
             net, lambda net, _, y: UNCLIPPED * net(y).flatten(1).sum(dim=1), lambda x, y: (x, y),
@@ -198,14 +198,14 @@ class _TableStep(train_module._Step):
 
 def _swin_step(agreed: Agreement, inside: np.ndarray) -> train_module._Step:
     """The shipped step as a site makes it, over images of noise; only the limit on the number of classes is lifted."""
-    data = agreed.study.data.model_copy(update={"classes": tuple(map(str, range(GROUP)))})
+    data = agreed.study.data.model_copy(update={"classes": tuple(map(str, range(GROUPS["swin"])))})
     study = agreed.study.model_copy(update={"data": data})
     site = SimpleNamespace(
         train=Units.of(_records(inside, data.image_size), "image"), config=SimpleNamespace(performance=Performance())
     )
     rate = training_plan(agreed).sample_rate
     with patch.object(train_module, "_physical_batch", return_value=64):  # found with a network of as many classes
-        step = train_module._Step(site, study, malicious_net(study), rate * GROUP / 2)  # pyright: ignore
+        step = train_module._Step(site, study, malicious_net(study), rate * GROUPS["swin"] / 2)  # pyright: ignore
     step._generator.manual_seed(0)  # the draws of the loss do not move the scores; seeded all the same
     return step
 
@@ -225,7 +225,7 @@ def malicious_net(study: Study) -> DiffusionModel:
             parameter.zero_()
         parts[f"{block}contract.bias"].fill_(1.0)
         parts[f"{block}condition.bias"][5 * width :] = torch.linspace(-1, 1, width) ** 3  # the gate of the MLP
-        parts[f"{block}condition.weight"][5 * width] = UNCLIPPED
+        parts[f"{block}condition.weight"][5 * width] = 100 * UNCLIPPED
         parts["net.norm.weight"].fill_(1.0)
         parts["net.norm.bias"].fill_(1.0)
         parts["net.head.weight"][:, 0, 1, 1] = 1.0
