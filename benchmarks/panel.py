@@ -31,6 +31,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from benchmarks.utility.fidelity import kid
+from benchmarks.utility.measure import alike
 from common.images import to_unit
 from common.model.timm_backbones import create_backbone
 
@@ -137,31 +139,19 @@ def utility(data: Pictures, real: Pictures, *, seeds: int) -> dict[str, tuple[fl
 def fidelity(data: Pictures, real: Pictures, *, seed: int = 0) -> tuple[float, float, float]:
     """(KID × 1000, accuracy and AUC of the two-sample test) against real train images of the same class mix."""
     rng, classes = np.random.default_rng(seed), int(real.y.max()) + 1
-    theirs = rng.permutation(len(real.y))[:_MOST_COMPARED]
-    ours = np.concatenate([
-        rng.choice(np.flatnonzero(data.y == kind), count, replace=count > (data.y == kind).sum())
-        for kind, count in enumerate(np.bincount(real.y[theirs], minlength=classes)) if count
-    ])  # fmt: skip
+    theirs = rng.permutation(len(real.y))[: min(_MOST_COMPARED, len(data.y))]
+    ours = alike(real.y[theirs], data.y, rng)
     torch.manual_seed(seed)
     judge = trained(convolutions(real.x.shape[1], classes, nn.BatchNorm2d), real, seed=seed)
     features = judge.get_submodule("0")
-    kid = kernel_distance(*(_batched(features, x).double().numpy() for x in (data.x[ours], real.x[theirs])))
+    distance = kid(*(_batched(features, x).double().numpy() for x in (real.x[theirs], data.x[ours])))
     both = Pictures(torch.cat([data.x[ours], real.x[theirs]]), np.repeat([0, 1], [len(ours), len(theirs)]))
     seen, asked = np.array_split(rng.permutation(len(both.y)), 2)
     twins = convolutions(real.x.shape[1], 2, nn.BatchNorm2d)
     scores = _batched(trained(twins, Pictures(both.x[seen], both.y[seen]), seed=seed), both.x[asked])
     synthetic = scores.softmax(dim=1)[:, 0].numpy()
     accuracy = float(((synthetic > 0.5) == (both.y[asked] == 0)).mean())
-    return 1000 * kid, accuracy, float(roc_auc_score(both.y[asked] == 0, synthetic))
-
-
-def kernel_distance(one: Scores, other: Scores) -> float:
-    """Unbiased squared MMD under (x·y / d + 1)³."""
-    own, cross = 0.0, ((one @ other.T / one.shape[1] + 1) ** 3).mean()
-    for part in (one, other):
-        kernel = (part @ part.T / part.shape[1] + 1) ** 3
-        own += (kernel.sum() - np.trace(kernel)) / (len(part) * (len(part) - 1))
-    return float(own - 2 * cross)
+    return 1000 * distance, accuracy, float(roc_auc_score(both.y[asked] == 0, synthetic))
 
 
 def main() -> None:
@@ -183,9 +173,10 @@ def main() -> None:
             print(
                 f"{what:<34}{choose(a for a, _ in found.values()):>8.3f}{choose(f for _, f in found.values()):>10.3f}"
             )
-        kid, accuracy, auc = fidelity(data, train)
+        distance, accuracy, auc = fidelity(data, train)
         print(
-            f"KID × 1000 {kid:.1f}; told from real train images: accuracy {accuracy:.3f}, AUC {auc:.3f}\n", flush=True
+            f"KID × 1000 {distance:.1f}; told from real train images: accuracy {accuracy:.3f}, AUC {auc:.3f}\n",
+            flush=True,
         )
 
 

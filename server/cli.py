@@ -96,13 +96,15 @@ def _named(public: Path | None) -> tuple[str, ...]:
     """The settings that name a public set."""
     if public is None:
         return ()
+    import json
+
     from common.errors import DataError
     from common.files import sha256_file
 
     if not public.is_file():
         raise DataError("no such file", where=f"--public {public}", remedy="Give the path of an .npz file.")
-    path = str(public.resolve()).replace("\\", "\\\\").replace('"', '\\"')
-    return ('pretrain.source="npz"', f'pretrain.path="{path}"', f'pretrain.sha256="{sha256_file(public)}"')
+    path = json.dumps(str(public.resolve()), ensure_ascii=False)  # which is TOML's basic string, too
+    return ('pretrain.source="npz"', f"pretrain.path={path}", f'pretrain.sha256="{sha256_file(public)}"')
 
 
 def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out: Path, *, dry_run: bool) -> None:

@@ -35,8 +35,10 @@ def carried(public: ImageSet, prior: Prior) -> ImageSet:
         At most K·N images, class by class.
     """
     space, images, labels = prior.space, [], []
+    lows, highs = _coordinates(public.images, space)
     for kind in range(len(prior.means)):
-        low, high = _coordinates(of_class(public, kind), space)
+        mine = of_class(public, kind)
+        low, high = lows[mine], highs[mine]
         moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), prior.covariances[kind]).T + prior.means[kind]
         images.append(_pixels(moved, high * _gains(high, prior.high[kind], space), space))
         labels.append(np.full(len(low), kind, dtype=np.int64))
@@ -45,15 +47,15 @@ def carried(public: ImageSet, prior: Prior) -> ImageSet:
 
 def uncarried(public: ImageSet, classes: int) -> ImageSet:
     """The same where there are no private moments: each class has the public images as they are."""
-    parts = [of_class(public, kind) for kind in range(classes)]
+    parts = [public.images[of_class(public, kind)] for kind in range(classes)]
     labels = np.repeat(np.arange(classes), [len(part) for part in parts])
     return ImageSet(np.concatenate(parts), labels.astype(np.int64))
 
 
-def of_class(public: ImageSet, kind: int) -> NDArray[np.uint8]:
-    """The public images of one class, or all where none has that label."""
+def of_class(public: ImageSet, kind: int) -> NDArray[np.bool_]:
+    """Which public images are of one class, (N,); all where none has that label."""
     mine = public.labels == kind
-    return public.images[mine] if mine.any() else public.images
+    return mine if mine.any() else np.ones_like(mine)
 
 
 def low_covariance(public: NDArray[np.uint8], space: Coordinates) -> Floats:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import panel
-from benchmarks.panel import PANEL, Pictures, fidelity, kernel_distance, utility
+from benchmarks.panel import PANEL, Pictures, fidelity, kid, utility
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,8 +47,8 @@ def test_a_set_of_the_same_kind_is_near_and_another_is_far_and_told_apart(few_st
 def test_the_kernel_distance_is_nothing_for_one_distribution_and_grows_with_a_shift():
     rng = np.random.default_rng(0)
     one, two = rng.standard_normal((2, 500, 8))
-    assert abs(kernel_distance(one, two)) < 0.05
-    assert kernel_distance(one, two + 1.0) > 1.0
+    assert abs(kid(one, two)) < 0.05
+    assert kid(one, two + 1.0) > 1.0
 
 
 def test_a_released_set_is_read_in_grey_and_in_colour(tmp_path):
