@@ -40,12 +40,14 @@ class Prior:
         means: (K, d).
         covariances: (K, d, d), of low coordinates.
         high: (K, C, S, S), variance of each coordinate; 0 at the low ones.
+        shares: (K,), of the images, by noisy counts; their sum is 1.
     """
 
     space: Coordinates
     means: Floats
     covariances: Floats
     high: Floats
+    shares: Floats
 
     @classmethod
     def fit(
@@ -71,7 +73,7 @@ class Prior:
         factors = band_factors(band_power, counts, noise_std=noise_std)
         stretch = np.sqrt(factors[:, space.bands[space.low]])
         covariances = stretch[:, :, None] * within * stretch[:, None, :]
-        return cls(space, means, covariances, high * factors[:, space.bands])
+        return cls(space, means, covariances, high * factors[:, space.bands], counts / total)
 
 
 def taken_by_clipping(band_power: Floats, norm: Floats, *, noise_std: float) -> float:

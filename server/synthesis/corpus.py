@@ -3,8 +3,9 @@
 SPDX-License-Identifier: Apache-2.0
 
 Shapes come from public images, statistics from the sites: in the low coordinates by the optimal map between two
-Gaussians (Peyré and Cuturi 2019, remark 2.31), above them by one gain for each band. All of it is post-processing of
-noisy sums. N images, C channels, S pixels a side, K classes, d low and h high coordinates (`common/moments.py`).
+Gaussians (Peyré and Cuturi 2019, remark 2.31), above them by one gain for each band. A class gets its shapes from those
+public images that look most like it by its moments. All of it is post-processing of noisy sums.
+N images, C channels, S pixels a side, K classes, d low and h high coordinates (`common/moments.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from common.prior import Prior
 
 _AT_ONCE = 512
 _SMALLEST = 1e-3  # of the largest public standard deviation: below it a direction is not stretched
-_MOST = 2.5  # gain of a direction or a band, and one over it the least
+_MOST = 2.5  # gain of a direction or a band; there is no least one
+_FEWEST = 500  # images of a class, where there are as many: fewer say little of a covariance
 
 
 def carried(public: ImageSet, prior: Prior) -> ImageSet:
-    """For each class, the public images of that class, or all where none is known to be, carried to its moments.
+    """For each class, public images carried to its moments: those of that class, or where none is known to be, a share.
 
     Args:
         public: images (N, C, S, S).
@@ -36,8 +38,11 @@ def carried(public: ImageSet, prior: Prior) -> ImageSet:
     """
     space, images, labels = prior.space, [], []
     lows, highs = _coordinates(public.images, space)
+    likely = _likely(lows, prior)
     for kind in range(len(prior.means)):
-        mine = of_class(public, kind)
+        mine = public.labels == kind
+        if not mine.any():
+            mine = _share(likely, kind)
         low, high = lows[mine], highs[mine]
         moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), prior.covariances[kind]).T + prior.means[kind]
         images.append(_pixels(moved, high * _gains(high, prior.high[kind], space), space))
@@ -58,6 +63,30 @@ def of_class(public: ImageSet, kind: int) -> NDArray[np.bool_]:
     return mine if mine.any() else np.ones_like(mine)
 
 
+def _likely(low: Floats, prior: Prior) -> Floats:
+    """Log-density (N, K) of public images under each class, once all of them are carried to the moments of all."""
+    mean = prior.shares @ prior.means
+    apart = prior.means - mean
+    whole = np.einsum("k,kde->de", prior.shares, prior.covariances + apart[:, :, None] * apart[:, None, :])
+    moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), whole).T + mean
+    found = []
+    for centre, covariance in zip(prior.means, prior.covariances, strict=True):
+        root = np.linalg.cholesky(covariance)
+        lengths = np.square(np.linalg.solve(root, (moved - centre).T)).sum(axis=0)
+        found.append(-0.5 * lengths - np.log(np.diag(root)).sum())
+    return np.stack(found, axis=1)
+
+
+def _share(likely: Floats, kind: int) -> NDArray[np.bool_]:
+    """Which images (N,) speak most for one class and against the likeliest other: one of K, but not too few."""
+    images, classes = likely.shape
+    against = np.delete(likely, kind, axis=1).max(axis=1)
+    many = min(images, max(images // classes, _FEWEST))
+    mine = np.zeros(images, dtype=bool)
+    mine[np.argsort(against - likely[:, kind], kind="stable")[:many]] = True
+    return mine
+
+
 def low_covariance(public: NDArray[np.uint8], space: Coordinates) -> Floats:
     """Covariance (d, d) of images' low coordinates, positive definite."""
     covariance: Floats = np.cov(_coordinates(public, space)[0].T)
@@ -70,14 +99,14 @@ def _coordinates(images: NDArray[np.uint8], space: Coordinates) -> tuple[Floats,
 
 
 def _map(public: Floats, private: Floats) -> Floats:
-    """A with A public Aᵀ = private, the least change of all, (d, d); its gains are bounded.
+    """A with A public Aᵀ = private, the least change of all, (d, d); no gain is larger than _MOST.
 
     Where public images hardly vary, a large gain would not make private shapes of theirs, but coloured rings.
     """
     root, back = _roots(public)
     middle, _ = _roots(root @ private @ root)
     gains, vectors = np.linalg.eigh(back @ middle @ back)
-    found: Floats = (vectors * np.clip(gains, 1 / _MOST, _MOST)) @ vectors.T
+    found: Floats = (vectors * np.clip(gains, 0.0, _MOST)) @ vectors.T
     return found
 
 
@@ -89,11 +118,11 @@ def _roots(matrix: Floats) -> tuple[Floats, Floats]:
 
 
 def _gains(high: Floats, private: Floats, space: Coordinates) -> Floats:
-    """By high coordinate (h,): square root of private over public power in its band, within bounds."""
+    """By high coordinate (h,): square root of private over public power in its band, at most _MOST."""
     bands = space.bands[~space.low]
     have = np.bincount(bands, np.square(high).mean(axis=0), space.band_count)
     want = np.bincount(bands, private[~space.low], space.band_count)
-    gains: Floats = np.clip(np.sqrt(want / np.maximum(have, 1e-12)), 1 / _MOST, _MOST)[bands]
+    gains: Floats = np.minimum(np.sqrt(want / np.maximum(have, 1e-12)), _MOST)[bands]
     return gains
 
 

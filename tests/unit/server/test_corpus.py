@@ -31,7 +31,8 @@ def _prior(scale, shift, high=1.0):
     means = np.stack([low.mean(axis=0) + s for s in (-shift, shift)])
     variance = np.zeros(SPACE.low.shape)
     variance[~SPACE.low] = np.square(rest).mean(axis=0) * high
-    return Prior(SPACE, means, np.stack([covariance * s for s in scale]), np.repeat(variance[None], 2, axis=0))
+    covariances, high = np.stack([covariance * s for s in scale]), np.repeat(variance[None], 2, axis=0)
+    return Prior(SPACE, means, covariances, high, np.array([0.5, 0.5]))
 
 
 def test_carried_images_have_the_private_means_and_covariances_and_one_copy_for_each_class():
@@ -60,11 +61,34 @@ def test_gains_are_bounded_where_public_images_hardly_vary():
         assert part.astype(float).std(axis=0).mean() < 3.0 * flat.astype(float).std(axis=0).mean() + 1.0
 
 
+def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch):
+    """Half of the public images have a bright middle; the second class's moments say that its images have one."""
+    monkeypatch.setattr("server.synthesis.corpus._FEWEST", 20)
+    rng = np.random.default_rng(0)
+    images = rng.integers(100, 140, (200, 1, 16, 16)).astype(np.uint8)
+    images[::2, :, 5:11, 5:11] += 60
+    public = ImageSet(images, np.full(200, ANY_CLASS))
+    low, high = SPACE.of(images)
+    means = np.stack([low[1::2].mean(axis=0), low[::2].mean(axis=0)])
+    variance = np.zeros(SPACE.low.shape)
+    variance[~SPACE.low] = np.square(high).mean(axis=0)
+    within = low_covariance(images[::2], SPACE)
+    corpus = carried(public, Prior(SPACE, means, np.stack([within] * 2), np.stack([variance] * 2), np.full(2, 0.5)))
+    middle = corpus.images[:, 0, 6:10, 6:10].astype(float).mean(axis=(1, 2))
+    border = corpus.images[:, 0, :4].astype(float).mean(axis=(1, 2))
+    assert np.bincount(corpus.labels).tolist() == [100, 100]
+    assert (np.abs(middle - border) > 40).tolist() == (corpus.labels == 1).tolist()
+
+
+def test_few_public_images_are_shared_by_all_classes():
+    assert len(carried(_public(), _prior((1.0, 1.0), 0.0))) == 400, "200 are fewer than a class needs"
+
+
 def test_a_public_class_is_carried_to_its_own_class_and_the_rest_to_any():
     labels = np.array([0] * 80 + [ANY_CLASS] * 120)
     public = _public(labels=labels)
     assert of_class(public, 0).sum() == 80
-    assert of_class(public, 1).sum() == 200
+    assert of_class(public, 1).sum() == 200, "for the network without moments"
     corpus = carried(public, _prior((1.0, 1.0), 0.0))
     assert np.bincount(corpus.labels).tolist() == [80, 200]
     plain = uncarried(public, 2)
