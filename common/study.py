@@ -101,6 +101,10 @@ class PretrainConfig(Settings):
     )
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of that file")
     images: int = Field(default=4000, ge=64, le=100_000, description="phantoms drawn; of a public set all are taken")
+    class_share: float = Field(
+        default=1.0, gt=0, le=1,
+        description="share of a public set that each class takes: the images most like it by its moments; 1 = all",
+    )  # fmt: skip
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch_size: int = Field(default=64, ge=1, le=4096)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)

@@ -46,7 +46,7 @@ def _learnt(session: Session) -> Arrays:
     if session.agreement.plan.get("moments") is None:
         corpus = uncarried(public, len(study.data.classes))
     else:
-        corpus = carried(public, _ask(session, public))
+        corpus = carried(public, _ask(session, public), class_share=config.class_share)
     kind = "drawn phantoms" if config.source == "phantoms" else f"the public images of {config.path}"
     session.progress.stage("pretrain", f"{config.steps} steps on {len(corpus)} images made of {kind}")
 

@@ -3,8 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 
 Shapes come from public images, statistics from the sites: in the low coordinates by the optimal map between two
-Gaussians (Peyré and Cuturi 2019, remark 2.31), above them by one gain for each band. A class gets its shapes from those
-public images that look most like it by its moments. All of it is post-processing of noisy sums.
+Gaussians (Peyré and Cuturi 2019, remark 2.31), above them by one gain for each band. A class can get its shapes from
+those public images alone that look most like it by its moments. All of it is post-processing of noisy sums.
 N images, C channels, S pixels a side, K classes, d low and h high coordinates (`common/moments.py`).
 """
 
@@ -26,12 +26,13 @@ _MOST = 2.5  # gain of a direction or a band; there is no least one
 _FEWEST = 500  # images of a class, where there are as many: fewer say little of a covariance
 
 
-def carried(public: ImageSet, prior: Prior) -> ImageSet:
+def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> ImageSet:
     """For each class, public images carried to its moments: those of that class, or where none is known to be, a share.
 
     Args:
         public: images (N, C, S, S).
         prior: of the sites' noisy moments.
+        class_share: `pretrain.class_share`.
 
     Returns:
         At most K·N images, class by class.
@@ -42,7 +43,7 @@ def carried(public: ImageSet, prior: Prior) -> ImageSet:
     for kind in range(len(prior.means)):
         mine = public.labels == kind
         if not mine.any():
-            mine = _share(likely, kind)
+            mine = _share(likely, kind, class_share)
         low, high = lows[mine], highs[mine]
         moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), prior.covariances[kind]).T + prior.means[kind]
         images.append(_pixels(moved, high * _gains(high, prior.high[kind], space), space))
@@ -77,11 +78,11 @@ def _likely(low: Floats, prior: Prior) -> Floats:
     return np.stack(found, axis=1)
 
 
-def _share(likely: Floats, kind: int) -> NDArray[np.bool_]:
-    """Which images (N,) speak most for one class and against the likeliest other: one of K, but not too few."""
-    images, classes = likely.shape
+def _share(likely: Floats, kind: int, share: float) -> NDArray[np.bool_]:
+    """Which images (N,) speak most for one class and against the likeliest other; not too few."""
+    images = len(likely)
     against = np.delete(likely, kind, axis=1).max(axis=1)
-    many = min(images, max(images // classes, _FEWEST))
+    many = min(images, max(round(share * images), _FEWEST))
     mine = np.zeros(images, dtype=bool)
     mine[np.argsort(against - likely[:, kind], kind="stable")[:many]] = True
     return mine

@@ -73,7 +73,9 @@ def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch
     variance = np.zeros(SPACE.low.shape)
     variance[~SPACE.low] = np.square(high).mean(axis=0)
     within = low_covariance(images[::2], SPACE)
-    corpus = carried(public, Prior(SPACE, means, np.stack([within] * 2), np.stack([variance] * 2), np.full(2, 0.5)))
+    prior = Prior(SPACE, means, np.stack([within] * 2), np.stack([variance] * 2), np.full(2, 0.5))
+    assert len(carried(public, prior)) == 400
+    corpus = carried(public, prior, class_share=0.5)
     middle = corpus.images[:, 0, 6:10, 6:10].astype(float).mean(axis=(1, 2))
     border = corpus.images[:, 0, :4].astype(float).mean(axis=(1, 2))
     assert np.bincount(corpus.labels).tolist() == [100, 100]
@@ -81,7 +83,7 @@ def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch
 
 
 def test_few_public_images_are_shared_by_all_classes():
-    assert len(carried(_public(), _prior((1.0, 1.0), 0.0))) == 400, "200 are fewer than a class needs"
+    assert len(carried(_public(), _prior((1.0, 1.0), 0.0), class_share=0.1)) == 400, "200 are fewer than a class needs"
 
 
 def test_a_public_class_is_carried_to_its_own_class_and_the_rest_to_any():
