@@ -41,7 +41,7 @@ test: install    ## everything that is quick: under 10 minutes on two cores
 test-all: install  ## also the slow ones
 	@$(BIN)/python -m pytest -m ""
 
-mutations: install  ## takes out one guard at a time; the quick tests have to see each (about 25 minutes)
+mutations: install  ## takes out one guard at a time; the quick tests have to see each (about 15 minutes)
 	@$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: install    ## ruff, types, import contracts

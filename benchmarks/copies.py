@@ -8,7 +8,7 @@ Likeness is the correlation of thumbnails, whitened class by class, so that how 
 not count, with public images carried to the class moments of the real train images: these are what the network learnt
 from, but for noise. Beside the set stand what it should be like, real images, none of which is a copy of a public one;
 and what it must not be like, copies: the carried images of one class beside those of all others, the same public image
-among them. Mirror images count. Nothing here is private.
+among them. Turned and mirrored images count. Nothing here is private.
 
 Shapes: N images, C channels, S pixels a side, K classes, d low coordinates.
 """
@@ -35,12 +35,13 @@ from server.synthesis.public_set import ANY_CLASS, fitted
 
 _THUMBNAIL, _MOST = 14, 2000
 _FLOOR = 1e-3  # of the largest variance: finer differences than that are drowned in it
+_NOTHING = 1e-12  # a class of one image does not vary
 
 
 def likeness(images: Pictures, others: Pictures) -> NDArray[np.float64]:
-    """Largest correlation of each of N images with any of others or its mirror image, (N,)."""
-    mirrored = Pictures(others.x.flip(-1), others.y)
-    theirs = torch.cat([_normalised(others), _normalised(mirrored)])
+    """Largest correlation of each of N images with any of others, turned and mirrored in all eight ways, (N,)."""
+    turned = [torch.rot90(x, turns, dims=(2, 3)) for x in (others.x, others.x.flip(-1)) for turns in range(4)]
+    theirs = torch.cat([_normalised(Pictures(x, others.y)) for x in turned])
     return torch.cat([(part @ theirs.T).amax(dim=1) for part in _normalised(images).split(256)]).numpy()
 
 
@@ -51,7 +52,7 @@ def _normalised(images: Pictures) -> Tensor:
         mine = torch.from_numpy(images.y == kind)
         apart = flat[mine] - flat[mine].mean(dim=0)
         values, vectors = torch.linalg.eigh(apart.T @ apart / len(apart))
-        flat[mine] = apart @ (vectors * (values + _FLOOR * values.max()).rsqrt()) @ vectors.T
+        flat[mine] = apart @ (vectors * (values.clamp(min=0) + _FLOOR * values.max() + _NOTHING).rsqrt()) @ vectors.T
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 

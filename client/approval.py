@@ -24,6 +24,7 @@ from client.registry import Registry
 from client.site import Site
 from common.accounting import PrivacyLoss, StudyPlan, epsilon_of
 from common.errors import BudgetError, DataError, PolicyRefusal, Refused, StorageError
+from common.files import sha256_file
 from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
@@ -87,7 +88,8 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     refusals += [_over(p, after[p], policy) for p in PARTITIONS if after[p] > policy.max_epsilon]
     twice, warnings = _counted_twice(site, ledger, study)
     return Verdict(
-        (*refusals, *twice), before, after, 0 if refusals else _more(policy, others, plan),
+        (*refusals, *_own_as_public(site, study), *twice), before, after,
+        0 if refusals else _more(policy, others, plan),
         (*_unit_warnings(site, study), *site.report.warnings, *warnings), ledger.approval(study.sha256),
     )  # fmt: skip
 
@@ -138,6 +140,17 @@ def _others(ledger: Ledger, study: Study, partition: Partition) -> list[PrivacyL
     reserved = [entry.loss for entry in ledger.entries() if entry.kind == "reserved" and entry.study != study.sha256
                 and entry.study not in promised and entry.body["partition"] == partition]  # fmt: skip
     return [*reserved, *(loss for plan in promised.values() for loss in plan.losses(partition))]
+
+
+def _own_as_public(site: Site, study: Study) -> list[Refused]:
+    """A public set is read without noise: it must not be this site's own file. A copy in another file is not seen."""
+    path = getattr(site.config.data, "path", None)
+    if path is None or study.pretrain.sha256 is None or sha256_file(path) != study.pretrain.sha256:
+        return []
+    return [PolicyRefusal(
+        "the study's public set is this site's own file, so its images would be used without any noise",
+        where="pretrain.sha256", remedy="Do not take part; tell the coordinator.",
+    )]  # fmt: skip
 
 
 def _together(policy: SitePolicy, losses: Sequence[PrivacyLoss]) -> float:

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from safetensors.numpy import load, save
 
 from common.errors import CheckpointError, StorageError
 
+# What numpy raises for an archive that is cut short, flipped somewhere or none at all
+SPOILT = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

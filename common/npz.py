@@ -14,8 +14,6 @@ A site's images come through `client/data/npz.py`, the server's public ones thro
 from __future__ import annotations
 
 import difflib
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,10 +24,10 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.files import SPOILT
 from common.images import ImageSet
 from common.study import DataConfig
 
-_SPOILT = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _COPY_AGAIN = "Copy the file again and compare its checksum."
 
 
@@ -60,7 +58,7 @@ def opened(path: Path) -> Iterator[NpzFile]:
             raise DataError("not an .npz archive", where=where, remedy="Write it with numpy.savez or savez_compressed.")
         try:
             archive = stack.enter_context(np.load(file, allow_pickle=False))
-        except _SPOILT as error:
+        except SPOILT as error:
             raise DataError("the archive is damaged or cut short", where=where, remedy=_COPY_AGAIN) from error
         yield archive
 
@@ -105,7 +103,7 @@ def _read_array(archive: NpzFile, key: str, path: Path) -> NDArray[Any]:
         raise DataError(
             "the array does not fit in memory", where=where, remedy="Use a smaller file or a larger machine."
         ) from error
-    except _SPOILT as error:
+    except SPOILT as error:
         if "allow_pickle" in str(error):
             raise DataError(
                 "holds pickled Python objects, which are never loaded since they can run code",

@@ -23,6 +23,7 @@ from common.study import DataConfig, Modality
 Floats = NDArray[np.floating[Any]]
 
 _SCANNERS = 8  # among public phantoms
+_PUBLIC = 7919  # of their seed: no simulated site draws from the same stream
 _BATCH = 128  # images drawn at a time: bounds memory at 128 px
 _MARKS = 24
 MODALITIES: tuple[Modality, ...] = ("radiology", "ophthalmology", "histopathology")
@@ -55,7 +56,7 @@ class _Batch:
 
 def public_phantoms(modality: Modality, schema: DataConfig, images: int, *, seed: int) -> ImageSet:
     """Phantoms of all classes in equal shares, a patient each, from several scanners; the same seed, the same bytes."""
-    rng = np.random.default_rng([seed, MODALITIES.index(modality)])
+    rng = np.random.default_rng([seed, MODALITIES.index(modality), _PUBLIC])
     parts = []
     for labels in np.array_split(rng.permutation(np.arange(images) % len(schema.classes)), _SCANNERS):
         count, radius = draw_biomarkers(modality, labels, len(schema.classes), rng)

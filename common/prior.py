@@ -15,6 +15,8 @@ import numpy as np
 
 from common.moments import (
     BAND_POWER_PART,
+    MEAN_CLIP_NORM,
+    MEANS_PART,
     NORM_CLIP,
     NORM_PART,
     SECOND_MOMENTS_PART,
@@ -52,7 +54,7 @@ class Prior:
     @classmethod
     def fit(
         cls, space: Coordinates, sums: Floats, second_moments: Floats, band_power: Floats, norm: Floats, counts: Floats,
-        *, noise_std: float, public: Floats,
+        *, noise_std: float, public: Floats, public_mean: Floats,
     ) -> Prior:  # fmt: skip
         """From noisy sums over all sites.
 
@@ -61,10 +63,12 @@ class Prior:
             counts: (K,), noisy.
             noise_std: of each number in the sums.
             public: (d, d), covariance of public images: what stands where noise leaves nothing of the sums.
+            public_mean: (d,), the same for the mean of all classes.
         """
         counts = np.maximum(counts, 1.0)
         total = counts.sum()
         means = class_means(sums, counts, space, noise_std=noise_std)
+        means = means + _pulled(counts @ means / total, public_mean, space, noise_std / total)
         back = taken_by_clipping(band_power, norm, noise_std=noise_std)
         scale = back * SPREAD_CLIP_NORM**2 / total / SECOND_MOMENTS_PART
         within = _symmetric(space, unpack(second_moments, space.dimension) * scale, noise_std * scale, public)
@@ -74,6 +78,18 @@ class Prior:
         stretch = np.sqrt(factors[:, space.bands[space.low]])
         covariances = stretch[:, :, None] * within * stretch[:, None, :]
         return cls(space, means, covariances, high * factors[:, space.bands], counts / total)
+
+
+def _pulled(mean: Floats, public: Floats, space: Coordinates, noise_std: float) -> Floats:
+    """What draws the mean of all images (d,) to the public one, by the share of noise in their distance.
+
+    Args:
+        noise_std: of each number in the noisy sum of means over the number of images.
+    """
+    still = space.blocks[0][0]
+    apart = (mean - public) @ still @ still.T
+    noise = still.shape[1] * (noise_std * MEAN_CLIP_NORM / MEANS_PART) ** 2
+    return -apart * min(1.0, noise / max(float(np.square(apart).sum()), 1e-12))
 
 
 def taken_by_clipping(band_power: Floats, norm: Floats, *, noise_std: float) -> float:

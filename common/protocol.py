@@ -74,7 +74,7 @@ class MomentsRequest(Part):
 
 
 class TrainRequest(Part):
-    """Asks for one round of private training; arrays: float32 weights of the whole model by name, prior included.
+    """Asks for one round of private training; arrays: float32 weights of the whole model by name.
 
     Attributes:
         round: 1-based.

@@ -85,7 +85,7 @@ class DiffusionConfig(Settings):
 
 
 class MomentsConfig(Settings):
-    """The private class moments that the diffusion model starts from."""
+    """The private class moments that public images are carried to before the network learns from them."""
 
     components: int = Field(default=8, ge=1, le=32, description="lowest frequencies a side that have covariances")
 
@@ -103,7 +103,8 @@ class PretrainConfig(Settings):
     images: int = Field(default=4000, ge=64, le=100_000, description="phantoms drawn; of a public set all are taken")
     class_share: float = Field(
         default=1.0, gt=0, le=1,
-        description="share of a public set that each class takes: the images most like it by its moments; 1 = all",
+        description="share of a public set without labels that each class takes: the images "
+        "most like it by its moments; 1 = all",
     )  # fmt: skip
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch_size: int = Field(default=64, ge=1, le=4096)
@@ -111,7 +112,9 @@ class PretrainConfig(Settings):
 
 
 class TrainingConfig(Settings):
-    rounds: int = Field(ge=0, le=10_000, description="0 = the private moments alone")
+    rounds: int = Field(
+        ge=0, le=10_000, description="0 = the network as it learnt from public images carried to the private moments"
+    )
     algorithm: Literal["fedsgd", "fedavg"] = Field(
         default="fedsgd",
         description="FedSGD: one step of the sites' summed gradients per round; FedAvg: local steps, then averaging",
@@ -219,6 +222,12 @@ class Study(Settings):
         for level, heads in enumerate(net.heads):
             if (net.width * 2**level) % heads:
                 raise ValueError(f"network.heads: {heads} heads do not divide {net.width * 2**level} channels")
+        if self.generation.guidance > 0 and self.diffusion.label_dropout == 0:
+            raise ValueError("generation.guidance: needs diffusion.label_dropout over 0, or 0")
+        if self.generation.images < len(self.data.classes):
+            raise ValueError(f"generation.images: fewer than the {len(self.data.classes)} classes")
+        if self.pretrain.source == "phantoms" and self.pretrain.images < 8 * len(self.data.classes):
+            raise ValueError("pretrain.images: fewer than 8 phantoms of each class")
         if self.moments.components >= side:
             raise ValueError(f"moments.components: not fewer than the {side} px of a side")
         if self.training.algorithm == "fedsgd" and self.training.local_steps != 1:

@@ -108,6 +108,7 @@ def _named(public: Path | None) -> tuple[str, ...]:
 
 
 def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out: Path, *, dry_run: bool) -> None:
+    from common.files import sha256_file
     from common.preflight import try_study
     from common.study_file import load_study
     from server.synthesis.public_set import check_public_set
@@ -120,6 +121,9 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
         )  # fmt: skip
     print(f"{study.study.name}: trying what the study names, solving for the noise and checking the sites' data ...",
           file=sys.stderr, flush=True)  # fmt: skip
+    if data is not None and data.is_file() and sha256_file(data) == study.pretrain.sha256:
+        raise StudyError("the public set is the sites' own file: its images would be used without any noise",
+                         where="--public", remedy="Give images that are nobody's secret.")  # fmt: skip
     try_study(study)
     check_public_set(study)
     if dry_run:

@@ -203,6 +203,8 @@ MUTATIONS = (
        "return self._parts", BOUNDED),
     _m("approvals in force do not count", "client/approval.py", "for plan in promised.values() for loss in",
        "for plan in () for loss in", APPROVAL),
+    _m("a site's own file may be the public set", "client/approval.py", "sha256_file(path) != study.pretrain.sha256",
+       "bool(path)", APPROVAL),
     _m("a network that breaks the record rule is taken", "common/model/record_rule.py", "    if reason:\n",
        "    if False:\n", "tests/unit/common/test_record_rule.py"),
     _m("weights of any size are taken", "common/model/weights.py",

@@ -78,9 +78,10 @@ def released_classifier(study: Study, run: Path) -> BiomarkerClassifier:
         CheckpointError: the file is missing or damaged.
         ReplyError: it is of another network.
     """
-    file = run / "checkpoints" / "classifier.safetensors"
-    if not file.is_file():
-        raise CheckpointError("no such file", where=str(file), remedy="Remove the run folder; it runs anew.")
+    files = sorted((run / "checkpoints").glob("classifier-*.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise CheckpointError("no classifier", where=str(run), remedy="Remove the run folder; it runs anew.")
+    file = files[-1]
     return BiomarkerClassifier.from_state(
         unpack_arrays(file.read_bytes(), where=str(file)), classes=len(study.data.classes),
         channels=study.data.channels, image_size=study.data.image_size, backbone=study.validation.backbone,

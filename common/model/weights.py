@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import ReplyError
 from common.protocol import Arrays, bounded_arrays
 
-LARGEST_WEIGHT = 1e6  # a shipped recipe's largest is 828, a variance of the prior; 256 px in colour may have 2e5
+LARGEST_WEIGHT = 1e6  # no trained network comes near it; larger ones overflow in float32 further on
 
 
 def fitting(arrays: Arrays, wanted: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:

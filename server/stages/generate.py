@@ -5,10 +5,12 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 import numpy as np
 
+from common.files import pack_arrays
 from common.images import ImageSet
 from server.checkpoints import Checkpoint
 from server.session import Session
@@ -35,4 +37,6 @@ def generate(session: Session, state: Checkpoint) -> ImageSet:
         pace = done / max(time.monotonic() - began, 1e-3)
         session.progress.step("generate", done, total, f"{pace:.1f} images/s", images_per_second=round(pace, 2))
 
-    return sample_set(study, state.ema, labels, session.folder.path / "checkpoints" / "generated", on_batch=on_batch)
+    weights = hashlib.sha256(pack_arrays(state.ema)).hexdigest()[:16]  # no image of other weights is taken up
+    folder = session.folder.path / "checkpoints" / f"generated-{weights}"
+    return sample_set(study, state.ema, labels, folder, on_batch=on_batch)

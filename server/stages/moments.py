@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from common.errors import CheckpointError
+from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet
 from common.model.diffusion_model import initial_weights, space_of
 from common.prior import Prior
@@ -17,7 +19,7 @@ from common.study import Study
 from server.checkpoints import Checkpoint
 from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.session import Session
-from server.synthesis.corpus import carried, low_covariance, uncarried
+from server.synthesis.corpus import carried, low_moments, uncarried
 from server.synthesis.pretrain import pretrained
 from server.synthesis.public_set import public_images
 
@@ -46,7 +48,7 @@ def _learnt(session: Session) -> Arrays:
     if session.agreement.plan.get("moments") is None:
         corpus = uncarried(public, len(study.data.classes))
     else:
-        corpus = carried(public, _ask(session, public), class_share=config.class_share)
+        corpus = carried(public, _prior(session, public), class_share=config.class_share)
     kind = "drawn phantoms" if config.source == "phantoms" else f"the public images of {config.path}"
     session.progress.stage("pretrain", f"{config.steps} steps on {len(corpus)} images made of {kind}")
 
@@ -57,8 +59,24 @@ def _learnt(session: Session) -> Arrays:
     return pretrained(study, corpus, file, on_step=on_step)
 
 
-def _ask(session: Session, public: ImageSet) -> Prior:
-    """The prior of all sites that answer."""
+def _prior(session: Session, public: ImageSet) -> Prior:
+    """From the sums of all sites that answer; asked once and kept, so that a resumed run has the very same corpus."""
+    file = session.folder.path / "checkpoints" / "moments.safetensors"
+    try:
+        sums = unpack_arrays(file.read_bytes(), where=str(file))
+    except (OSError, CheckpointError):  # none, or spoilt: sites answer the same question from their stores
+        sums = _ask(session)
+        atomic_write(file, pack_arrays(sums))
+    space = space_of(session.agreement.study)
+    mean, covariance = low_moments(public.images, space)
+    return Prior.fit(
+        space, sums["means"], sums["second_moments"], sums["band_power"], sums["norm"], sums["counts"],
+        noise_std=float(sums["noise_std"][0]), public=covariance, public_mean=mean,
+    )  # fmt: skip
+
+
+def _ask(session: Session) -> Arrays:
+    """The sums of all sites that answer, with "counts" (K,) and "noise_std" (1,), the noise of each number."""
     study, plan = session.agreement.study, session.agreement.plan["moments"]
     counts_std = session.agreement.plan["counts"].noise_std
     shapes = _shapes(study)
@@ -78,11 +96,7 @@ def _ask(session: Session, public: ImageSet) -> Prior:
     collected = session.ask("moments", requests, MomentsReply, screen)
     counts = np.sum([np.maximum(session.members[a.node].counts, 1.0) for a in collected.accepted], axis=0)
     total = {name: np.sum([answer.arrays[name] for answer in collected.accepted], axis=0) for name in shapes}
-    return Prior.fit(
-        space_of(study), total["means"], total["second_moments"], total["band_power"], total["norm"], counts,
-        noise_std=math.sqrt(len(collected.accepted)) * plan.noise_std,
-        public=low_covariance(public.images, space_of(study)),
-    )  # fmt: skip
+    return {**total, "counts": counts, "noise_std": np.array([math.sqrt(len(collected.accepted)) * plan.noise_std])}
 
 
 def _shapes(study: Study) -> Shapes:

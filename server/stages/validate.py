@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -91,9 +92,10 @@ def _merge(session: Session, vectors: dict[str, Arrays], noise_std: float) -> Va
 
 
 def _classifier(session: Session, synthetic: ImageSet) -> Arrays:
-    """The classifier's state; trained once and kept, so that a resumed run asks the very same question."""
+    """The classifier's state; trained once on this set and kept, so that a resumed run asks the very same question."""
     study = session.agreement.study
-    path = session.folder.path / "checkpoints" / "classifier.safetensors"
+    images = hashlib.sha256(synthetic.images.tobytes()).hexdigest()[:16]
+    path = session.folder.path / "checkpoints" / f"classifier-{images}.safetensors"
     if path.exists():
         return unpack_arrays(path.read_bytes(), where=str(path))
     session.progress.stage("classify", f"training {study.validation.backbone} on {len(synthetic)} synthetic images")

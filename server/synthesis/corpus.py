@@ -10,6 +10,7 @@ N images, C channels, S pixels a side, K classes, d low and h high coordinates (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from common.images import ImageSet
 from common.moments import Coordinates, Floats
 from common.prior import Prior
 
-_AT_ONCE = 512
+_AT_ONCE = 256
 _SMALLEST = 1e-3  # of the largest public standard deviation: below it a direction is not stretched
+_NOTHING = 1e-9  # variance or power that no image has
 _MOST = 2.5  # gain of a direction or a band; there is no least one
 _FEWEST = 500  # images of a class, where there are as many: fewer say little of a covariance
 
@@ -37,18 +39,20 @@ def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> Imag
     Returns:
         At most K·N images, class by class.
     """
-    space, images, labels = prior.space, [], []
-    lows, highs = _coordinates(public.images, space)
-    likely = _likely(lows, prior)
+    labels = public.labels
+    low, power = _measured(public.images, prior.space)
+    likely = _likely(low, prior) if class_share < 1.0 else None
+    images, kinds = [], []
     for kind in range(len(prior.means)):
-        mine = public.labels == kind
-        if not mine.any():
+        mine = of_class(public, kind)
+        if mine.all() and likely is not None:
             mine = _share(likely, kind, class_share)
-        low, high = lows[mine], highs[mine]
-        moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), prior.covariances[kind]).T + prior.means[kind]
-        images.append(_pixels(moved, high * _gains(high, prior.high[kind], space), space))
-        labels.append(np.full(len(low), kind, dtype=np.int64))
-    return ImageSet(np.concatenate(images), np.concatenate(labels))
+        turn = _map(_covariance(low[mine]), prior.covariances[kind])
+        gains = _gains(power[mine].mean(axis=0), prior.high[kind], prior.space)
+        move = _Move(prior.space, low[mine].mean(axis=0), turn, prior.means[kind], gains)
+        images.append(move.done(public.images[mine]))
+        kinds.append(np.full(len(images[-1]), kind, dtype=labels.dtype))
+    return ImageSet(np.concatenate(images), np.concatenate(kinds))
 
 
 def uncarried(public: ImageSet, classes: int) -> ImageSet:
@@ -59,9 +63,9 @@ def uncarried(public: ImageSet, classes: int) -> ImageSet:
 
 
 def of_class(public: ImageSet, kind: int) -> NDArray[np.bool_]:
-    """Which public images are of one class, (N,); all where none has that label."""
+    """Which public images are of one class, (N,); all where not even two have that label."""
     mine = public.labels == kind
-    return mine if mine.any() else np.ones_like(mine)
+    return mine if mine.sum() > 1 else np.ones_like(mine)
 
 
 def _likely(low: Floats, prior: Prior) -> Floats:
@@ -69,7 +73,7 @@ def _likely(low: Floats, prior: Prior) -> Floats:
     mean = prior.shares @ prior.means
     apart = prior.means - mean
     whole = np.einsum("k,kde->de", prior.shares, prior.covariances + apart[:, :, None] * apart[:, None, :])
-    moved = (low - low.mean(axis=0)) @ _map(np.cov(low.T), whole).T + mean
+    moved = (low - low.mean(axis=0)) @ _map(_covariance(low), whole).T + mean
     found = []
     for centre, covariance in zip(prior.means, prior.covariances, strict=True):
         root = np.linalg.cholesky(covariance)
@@ -88,15 +92,25 @@ def _share(likely: Floats, kind: int, share: float) -> NDArray[np.bool_]:
     return mine
 
 
-def low_covariance(public: NDArray[np.uint8], space: Coordinates) -> Floats:
-    """Covariance (d, d) of images' low coordinates, positive definite."""
-    covariance: Floats = np.cov(_coordinates(public, space)[0].T)
-    return covariance + np.eye(len(covariance)) * _SMALLEST**2 * np.trace(covariance)
+def low_moments(public: NDArray[np.uint8], space: Coordinates) -> tuple[Floats, Floats]:
+    """Mean (d,) and covariance (d, d), positive definite, of images' low coordinates."""
+    low, _ = _measured(public, space)
+    return low.mean(axis=0), _covariance(low)
 
 
-def _coordinates(images: NDArray[np.uint8], space: Coordinates) -> tuple[Floats, Floats]:
-    parts = [space.of(images[start : start + _AT_ONCE]) for start in range(0, len(images), _AT_ONCE)]
-    return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
+def _covariance(low: Floats) -> Floats:
+    covariance: Floats = np.atleast_2d(np.cov(low.T))
+    return covariance + np.eye(len(covariance)) * (_SMALLEST**2 * np.trace(covariance) + _NOTHING)
+
+
+def _measured(images: NDArray[np.uint8], space: Coordinates) -> tuple[Floats, Floats]:
+    """(low coordinates (N, d), power by band (N, bands)); in blocks: all high coordinates would fill memory."""
+    lows, powers = [], []
+    for start in range(0, len(images), _AT_ONCE):
+        low, high = space.of(images[start : start + _AT_ONCE])
+        lows.append(low)
+        powers.append(space.by_band(np.square(np.concatenate([low, high], axis=1))))
+    return np.concatenate(lows), np.concatenate(powers)
 
 
 def _map(public: Floats, private: Floats) -> Floats:
@@ -118,22 +132,34 @@ def _roots(matrix: Floats) -> tuple[Floats, Floats]:
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
-def _gains(high: Floats, private: Floats, space: Coordinates) -> Floats:
-    """By high coordinate (h,): square root of private over public power in its band, at most _MOST."""
+def _gains(have: Floats, private: Floats, space: Coordinates) -> Floats:
+    """By high coordinate (h,): square root of private over public power (bands,) in its band, at most _MOST."""
     bands = space.bands[~space.low]
-    have = np.bincount(bands, np.square(high).mean(axis=0), space.band_count)
     want = np.bincount(bands, private[~space.low], space.band_count)
-    gains: Floats = np.minimum(np.sqrt(want / np.maximum(have, 1e-12)), _MOST)[bands]
+    gains: Floats = np.minimum(np.sqrt(want / np.maximum(have, _NOTHING)), _MOST)[bands]
     return gains
 
 
-def _pixels(low: Floats, high: Floats, space: Coordinates) -> NDArray[np.uint8]:
-    parts = []
-    for start in range(0, len(low), _AT_ONCE):
-        rows = slice(start, start + _AT_ONCE)
-        weighted = np.zeros((len(low[rows]), *space.low.shape))
-        weighted[:, space.low], weighted[:, ~space.low] = low[rows], high[rows]
+@dataclass(frozen=True)
+class _Move:
+    """What happens to an image: low coordinates x to turn (x - mean) + target, high ones times gains."""
+
+    space: Coordinates
+    mean: Floats
+    turn: Floats
+    target: Floats
+    gains: Floats
+
+    def done(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Images (N, C, S, S), moved."""
+        return np.concatenate([self._block(images[at : at + _AT_ONCE]) for at in range(0, len(images), _AT_ONCE)])
+
+    def _block(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        space = self.space
+        low, high = space.of(images)
+        weighted = np.zeros((len(images), *space.low.shape))
+        weighted[:, space.low] = (low - self.mean) @ self.turn.T + self.target
+        weighted[:, ~space.low] = high * self.gains
         coefficients = np.einsum("ec,neij->ncij", space.colours, weighted / space.weights)
         pixels: Any = fft.idctn(coefficients, axes=(2, 3), norm="ortho")
-        parts.append(np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8))
-    return np.concatenate(parts)
+        return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.files import atomic_write
+from common.files import SPOILT, atomic_write
 from common.images import ImageSet, to_uint8
 from common.model.diffusion_model import load_model
 from common.model.samplers import sample
@@ -47,7 +47,7 @@ def generate(
     """Sample one image for each label.
 
     Each image has its own seed, and each batch its own file in `folder`, so a stop loses at most one batch, and a
-    resumed run gives the same set as an unbroken one.
+    resumed run gives the same set as an unbroken one of the same weights.
 
     Args:
         weights: the moving average, float32 by parameter name.
@@ -86,7 +86,7 @@ def _kept(file: Path, labels: NDArray[np.int64], shape: tuple[int, int, int]) ->
     try:
         with np.load(file, allow_pickle=False) as kept:
             images, stored = kept["images"], kept["labels"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (*SPOILT, KeyError):
         return None
     whole = images.dtype == np.uint8 and images.shape == (len(labels), *shape) and np.array_equal(stored, labels)
     return images if whole else None

@@ -9,6 +9,7 @@ the randomness of a step depends on the study's seed and the step alone.
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.errors import SynthwardError
+from common.errors import CheckpointError, SynthwardError
 from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet, to_unit
 from common.model.diffusion import DiffusionLoss
@@ -43,7 +44,7 @@ def pretrained(
     Args:
         on_step: called with (steps done, steps in all, mean loss of late) now and then.
     """
-    run = _Run.resumed(study, file)
+    run = _Run.resumed(study, file, corpus)
     data, steps, losses = _Batches(study, corpus), study.pretrain.steps, list[float]()
     saved = time.monotonic()
     while run.step < steps:
@@ -61,26 +62,27 @@ class _Run:
     """Everything that a stop must not lose."""
 
     study: Study
+    corpus: NDArray[np.uint8]  # digest of what it learns from
     model: DiffusionModel
     average: DiffusionModel
     adam: torch.optim.AdamW
     step: int
 
     @classmethod
-    def begun(cls, study: Study) -> _Run:
+    def begun(cls, study: Study, corpus: ImageSet) -> _Run:
         model = load_model(study, initial_weights(study))
         rate = study.pretrain.learning_rate
         adam = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        return cls(study, model, copy.deepcopy(model), adam, 0)
+        return cls(study, _digest(corpus), model, copy.deepcopy(model), adam, 0)
 
     @classmethod
-    def resumed(cls, study: Study, file: Path) -> _Run:
-        """From what `save` kept, where it is whole and of this network; else from the study's initial weights."""
-        run = cls.begun(study)
+    def resumed(cls, study: Study, file: Path, corpus: ImageSet) -> _Run:
+        """From what `save` kept, where it is whole, of this network and corpus; else from the initial weights."""
+        run = cls.begun(study, corpus)
         try:
             run._load(unpack_arrays(file.read_bytes(), where=str(file)))
         except (OSError, SynthwardError, KeyError):
-            return cls.begun(study)
+            return cls.begun(study, corpus)
         return run
 
     def train(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> float:
@@ -112,18 +114,27 @@ class _Run:
         arrays |= {f"average/{n}": a for n, a in self.average.weights().items()}
         for name, parameter in self.model.named_parameters():
             arrays |= {f"{part}/{name}": self.adam.state[parameter][part].numpy() for part in _MOMENTS}
-        atomic_write(file, pack_arrays({**arrays, "step": np.array([self.step])}))
+        atomic_write(file, pack_arrays({**arrays, "step": np.array([self.step]), "corpus": self.corpus}))
 
     def _load(self, arrays: Arrays) -> None:
         def part(prefix: str) -> Arrays:
             return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
+        if not np.array_equal(arrays["corpus"], self.corpus):
+            raise CheckpointError("of another corpus", where="pretrained.safetensors")
         self.model.load_state_dict(load_model(self.study, part("weights/")).state_dict())
         self.average.load_state_dict(load_model(self.study, part("average/")).state_dict())
         self.step = int(arrays["step"][0])
         for name, parameter in self.model.named_parameters():
             moments = {kind: torch.from_numpy(arrays[f"{kind}/{name}"].copy()) for kind in _MOMENTS}
             self.adam.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def _digest(corpus: ImageSet) -> NDArray[np.uint8]:
+    """SHA-256 of images and labels, (32,)."""
+    found = hashlib.sha256(corpus.images.tobytes())
+    found.update(corpus.labels.tobytes())
+    return np.frombuffer(found.digest(), np.uint8)
 
 
 class _Batches:

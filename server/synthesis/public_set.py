@@ -73,6 +73,8 @@ def _read(archive: NpzFile, path: Path, schema: DataConfig) -> ImageSet:
                         remedy="Give images at least as large as the study's.")  # fmt: skip
     if len(pixels) < _FEWEST:
         raise DataError(f"{len(pixels)} images, {_FEWEST} needed", where=where, remedy="Give more public images.")
+    if (pixels == pixels[:1]).all():
+        raise DataError("all images are the same", where=where, remedy="Give images that differ.")
     return ImageSet(fitted(pixels, schema), np.full(len(pixels), ANY_CLASS, dtype=np.int64))
 
 

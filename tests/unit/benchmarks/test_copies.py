@@ -24,8 +24,9 @@ def _pictures(images, labels=None):
 
 def test_a_copy_is_one_whatever_its_brightness_contrast_and_side_and_another_image_is_none():
     public = _drawn(400, 1)
-    altered = (public.astype(float) * 0.5 + 60)[:, :, :, ::-1].astype(np.uint8).copy()
-    assert likeness(_pictures(altered), _pictures(public)).min() > 0.97
+    altered = (public.astype(float) * 0.5 + 60).astype(np.uint8)
+    altered = np.concatenate([altered[:200, :, :, ::-1], np.rot90(altered[200:], axes=(2, 3))])
+    assert likeness(_pictures(altered), _pictures(public)).min() > 0.9
     assert np.median(likeness(_pictures(_drawn(400, 2)), _pictures(public))) < 0.8
 
 

@@ -100,7 +100,7 @@ def a_run(folder, *, sha: str = STUDY.sha256, synthetic=None):
     released = ImageSet(images[:, None], labels)
     release_npz(folder / "synthetic" / "synthetic.npz", released)
     classifier = BiomarkerClassifier.fit(released, classes=2, channels=1, config=STUDY.validation, seed=3)
-    atomic_write(folder / "checkpoints" / "classifier.safetensors", pack_arrays(classifier.state()))
+    atomic_write(folder / "checkpoints" / "classifier-0.safetensors", pack_arrays(classifier.state()))
     estimate = {"value": 0.7, "low": 0.6, "high": 0.8}
     names = [*release._NAMES.values(), "chance"]
     rows = [{"name": name, "auc_macro": {**estimate, "value": 0.7 - i / 100}, "f1_macro": estimate}

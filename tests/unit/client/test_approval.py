@@ -21,6 +21,7 @@ from client.registry import Registry, open_ledger
 from client.site import Site, load_site_config
 from common.accounting import epsilon_of, plan_study
 from common.errors import BudgetError, DataError, PolicyRefusal, StorageError, SynthwardError
+from common.files import sha256_file
 from support.datasets import good_arrays, write_npz
 from support.studies import tiny_study
 
@@ -199,6 +200,20 @@ def test_while_a_second_ledger_of_the_machine_cannot_be_read_nothing_is_approved
     (tmp_path / "head").rename(tmp_path / "a" / "state" / "ledger.head")
     with pytest.raises(PolicyRefusal, match="are counted in the ledger of site hospital-a"):
         _approve(second)
+
+
+def test_a_study_whose_public_set_is_this_sites_own_file_is_refused(tmp_path):
+    """Public images are read without noise; a site knows its own file by the hash that the study names."""
+    path = _hospital(tmp_path / "a")
+    public = {"source": "npz", "sha256": sha256_file(tmp_path / "a" / "images.npz")}
+    mine, other = (
+        tiny_study(privacy={"unit": "patient"}, pretrain=named) for named in (public, {**public, "sha256": "0" * 64})
+    )
+    for study, refused in ((mine, True), (other, False)):
+        site = Site.open(path, study)
+        with closing(open_ledger(site.config.name, site.state, site.config.registry)) as ledger:
+            rules = [refusal.where for refusal in judge(site, ledger, study, plan_study(study)).refusals]
+        assert ("pretrain.sha256" in rules) == refused
 
 
 def test_a_ceiling_is_not_promised_twice(tmp_path):

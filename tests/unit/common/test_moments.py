@@ -239,7 +239,7 @@ SPACE = coordinates(SIZE, 1, K)
 PUBLIC = np.diag(np.square(SPACE.spectrum * SPACE.weights)[SPACE.low])
 
 
-def fit(images, noise_std, seed=0, symmetry="none"):
+def fit(images, noise_std, seed=0, symmetry="none", public_mean=None):
     """The prior of the images, with noise of this standard deviation on every sum."""
     rng, units = np.random.default_rng(seed), Units.of(images, "image")
     space = coordinates(SIZE, 1, K, symmetry)
@@ -249,7 +249,7 @@ def fit(images, noise_std, seed=0, symmetry="none"):
     spread = noisy(spread_sums(units, class_means(sums, counts, space, noise_std=noise_std), space))
     return Prior.fit(
         space, sums, spread["second_moments"], spread["band_power"], spread["norm"], counts, noise_std=noise_std,
-        public=PUBLIC,
+        public=PUBLIC, public_mean=sums.sum(axis=0) * 0 if public_mean is None else public_mean,
     )  # fmt: skip
 
 
@@ -266,6 +266,15 @@ def test_without_noise_the_prior_has_the_means_and_the_spread_of_the_images():
     assert float(np.einsum("k,kcij->", shares, prior.high)) == pytest.approx(
         np.square(high).sum(axis=1).mean(), rel=0.02
     )  # clipping is undone on average
+
+
+def test_where_noise_is_all_there_is_the_mean_of_all_is_the_public_one():
+    images, public = _images(600), np.linspace(0.3, -0.3, SPACE.dimension)
+    for noise_std, near, far in ((1e-3, 0.0, 0.1), (3e3, 0.1, 0.0)):
+        means = fit(images, noise_std, public_mean=public).means
+        real = np.stack([SPACE.of(images.images)[0][images.labels == kind].mean(axis=0) for kind in (0, 1)])
+        to_public, to_real = np.abs(means - public).max(), np.abs(means - real).max()
+        assert (to_public < to_real) == (near > far), (noise_std, to_public, to_real)
 
 
 def test_a_class_that_varies_more_has_the_larger_covariance_and_a_rare_one_under_noise_has_that_of_all():

@@ -10,7 +10,7 @@ from common.model.diffusion_model import initial_weights
 from common.moments import coordinates
 from common.phantoms import public_phantoms
 from common.prior import Prior
-from server.synthesis.corpus import carried, low_covariance, of_class, uncarried
+from server.synthesis.corpus import carried, low_moments, of_class, uncarried
 from server.synthesis.pretrain import pretrained, turned
 from server.synthesis.public_set import ANY_CLASS
 from support.studies import tiny_study
@@ -27,7 +27,7 @@ def _public(count=200, labels=None):
 def _prior(scale, shift, high=1.0):
     """Moments of the public images, stretched and moved; another way for each of two classes."""
     low, rest = SPACE.of(_public().images)
-    covariance = low_covariance(_public().images, SPACE)
+    covariance = low_moments(_public().images, SPACE)[1]
     means = np.stack([low.mean(axis=0) + s for s in (-shift, shift)])
     variance = np.zeros(SPACE.low.shape)
     variance[~SPACE.low] = np.square(rest).mean(axis=0) * high
@@ -72,7 +72,7 @@ def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch
     means = np.stack([low[1::2].mean(axis=0), low[::2].mean(axis=0)])
     variance = np.zeros(SPACE.low.shape)
     variance[~SPACE.low] = np.square(high).mean(axis=0)
-    within = low_covariance(images[::2], SPACE)
+    within = low_moments(images[::2], SPACE)[1]
     prior = Prior(SPACE, means, np.stack([within] * 2), np.stack([variance] * 2), np.full(2, 0.5))
     assert len(carried(public, prior)) == 400
     corpus = carried(public, prior, class_share=0.5)
@@ -80,6 +80,24 @@ def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch
     border = corpus.images[:, 0, :4].astype(float).mean(axis=(1, 2))
     assert np.bincount(corpus.labels).tolist() == [100, 100]
     assert (np.abs(middle - border) > 40).tolist() == (corpus.labels == 1).tolist()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("symmetry", ["none", "hflip", "dihedral"])
+@pytest.mark.parametrize(("channels", "components"), [(1, 1), (3, 1), (1, 15)])
+def test_any_coordinates_make_a_corpus(channels, components, symmetry):
+    space = coordinates(16, channels, components, symmetry)
+    images = np.repeat(_public(64).images, channels, axis=1)
+    mean, covariance = low_moments(images, space)
+    high = np.where(space.low, 0.0, 0.1)
+    prior = Prior(space, np.stack([mean] * 3), np.stack([covariance] * 3), np.stack([high] * 3), np.full(3, 1 / 3))
+    corpus = carried(ImageSet(images, np.full(64, ANY_CLASS)), prior, class_share=0.5)
+    assert corpus.images.shape == (192, channels, 16, 16)
+
+
+def test_one_image_of_a_class_is_too_few_to_carry_so_the_others_stand_in():
+    public = _public(labels=np.array([0] + [1] * 199))
+    assert np.bincount(carried(public, _prior((1.0, 1.0), 0.0)).labels).tolist() == [200, 199]
 
 
 def test_few_public_images_are_shared_by_all_classes():
@@ -115,11 +133,15 @@ def test_the_start_is_made_once_and_a_stop_or_a_spoilt_file_changes_nothing(tmp_
     assert seen == [(4, 4)]
     assert pretrained(study, corpus, file, on_step=lambda *_: seen.append("again")).keys() == whole.keys()
     assert seen == [(4, 4)], "nothing is left to do"
+    other = ImageSet(corpus.images[::-1].copy(), corpus.labels)
+    assert any(not np.array_equal(array, whole[name]) for name, array in pretrained(study, other, file).items()), (
+        "what was learnt from another corpus is not taken up"
+    )
     file.write_bytes(file.read_bytes()[:100])
     mended, start = pretrained(study, corpus, file), initial_weights(study)
     for name, array in whole.items():
-        for other in (resumed, mended):
-            np.testing.assert_allclose(other[name], array, atol=1e-6, err_msg=name)
+        for weights in (resumed, mended):
+            np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
     assert any(not np.array_equal(whole[name], start[name]) for name in start)
 
 

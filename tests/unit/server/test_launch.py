@@ -11,6 +11,7 @@ import pytest
 from client.site import load_site_config
 from common.errors import DataError, StudyError
 from server import cli, launch
+from support.datasets import good_arrays, write_npz
 from support.studies import tiny_study, tiny_toml
 
 
@@ -67,6 +68,16 @@ def study_file(tmp_path):
 def test_more_sites_needed_than_simulated_is_said_before_anything_is_made(study_file, tmp_path):
     with pytest.raises(StudyError, match=r"federation.min_sites: 4 sites needed, 3 simulated"):
         cli._start(study_file, None, ("federation.min_sites=4",), tmp_path / "runs", dry_run=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_sites_own_file_is_no_public_set(study_file, tmp_path, monkeypatch):
+    data = write_npz(tmp_path / "private.npz", good_arrays(size=16, train=80))
+    monkeypatch.setattr(launch, "_site_command", lambda *_: pytest.fail("a site was asked"))
+    for dry_run in (False, True):
+        with pytest.raises(StudyError, match="used without any noise") as refused:
+            cli._start(study_file, data, cli._named(data), tmp_path / "runs", dry_run=dry_run)
+        assert "--public" in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
 

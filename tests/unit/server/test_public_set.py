@@ -35,6 +35,7 @@ def test_images_of_another_size_or_colour_are_made_to_fit(size, channels, tmp_pa
     shape = (70, size, size + 4) + ((3,) if channels == 3 else ())
     pixels = np.full(shape, 90, np.uint8)
     pixels[:, :, : size // 2 + 2] = 30
+    pixels[-1, -1, -1] = 0  # all the same are refused
     path = tmp_path / "any.npz"
     np.savez(path, images=pixels)
     images = public_images(_study(path)).images
@@ -53,6 +54,9 @@ def test_another_file_a_missing_one_and_one_of_other_images_are_refused_in_a_lin
         public_images(_study(write_npz(tmp_path / "small.npz", good_arrays(size=12, train=80))))
     with pytest.raises(DataError, match="40 images, 64 needed"):
         public_images(_study(write_npz(tmp_path / "few.npz", good_arrays(size=16, train=40))))
+    alike = {"train_images": np.repeat(good_arrays(size=16)["train_images"][:1], 80, axis=0)}
+    with pytest.raises(DataError, match="all images are the same"):
+        public_images(_study(write_npz(tmp_path / "alike.npz", alike)))
     with pytest.raises(DataError, match="no such file"):
         public_images(tiny_study(pretrain={"source": "npz", "path": "nowhere.npz", "sha256": "0" * 64}))
     with pytest.raises(DataError, match=r"pretrain.path: missing"):

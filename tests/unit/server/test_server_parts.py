@@ -64,7 +64,11 @@ def test_generation_takes_up_finished_batches_and_gives_the_same_set(tmp_path):
     seen = []
     generate(STUDY, ema, labels, tmp_path / "b", on_batch=lambda done, total: seen.append((done, total)))
     assert seen == [(12, 24), (24, 24)]
-    (tmp_path / "b" / "batch-00001.npz").write_bytes(b"cut short")
+    batch = tmp_path / "b" / "batch-00001.npz"
+    kept = batch.read_bytes()
+    for spoilt in (b"cut short", b"PK", kept[:-40], kept[:80] + b"\xff" * 40 + kept[120:]):
+        batch.write_bytes(spoilt)
+        assert np.array_equal(generate(STUDY, ema, labels, tmp_path / "b").images, whole.images)
     again = generate(STUDY, ema, labels, tmp_path / "b")
     assert np.array_equal(whole.images, again.images)
 

@@ -147,6 +147,14 @@ def test_training_ends_early_where_the_sites_have_no_budget_left_and_stops_where
         train(session)
 
 
+def test_a_training_that_ended_is_not_taken_up_again(tmp_path):
+    """Images may have been drawn of its weights."""
+    session, _, _ = _session(tmp_path, FEDSGD, {n: answer(n, OUT, {}, spent=spent(8.0)) for n in (1, 2, 3)})
+    assert train(session).round == 0
+    session.group = ScriptedSites({n: answer(n, TrainReply(round=1), _update(FEDSGD)) for n in (1, 2, 3)}).group
+    assert train(session).round == 0
+
+
 def _enrol_answers(**spoilt):
     honest = {n: answer(n, EnrolReply(), {"counts": np.array([30.0, 10.0 * n])}) for n in (1, 2, 3)}
     return {n: spoilt.get(f"site_{n}", data) for n, data in honest.items()}
@@ -199,6 +207,12 @@ def test_bad_moments_are_dropped_and_the_prior_is_that_of_the_other_sites(tmp_pa
     state = session.folder.last_checkpoint()
     assert state is not None and all(np.isfinite(array).all() for array in state.weights.values())
     assert sites.asked[0][2][0].counts == (40.0, 30.0)
+    for file in (session.folder.path / "checkpoints").glob("round-*"):
+        file.unlink()
+    session.group = ScriptedSites({}).group
+    moments(session)  # a stop before the checkpoint: what the sites said is kept
+    again = session.folder.last_checkpoint()
+    assert again is not None and all(np.array_equal(again.weights[n], a) for n, a in state.weights.items())
 
 
 def _scores(study, value=1.0, names=("synthetic", "reference")):
