@@ -72,7 +72,7 @@ class Case:
         return agreement(tiny_study(
             data={"image_size": 8, "channels": 1, "classes": ["clear", "opacity"]},
             network={"width": 26, "depths": [1], "heads": [2], "window": 4},
-            diffusion={"noise_multiplicity": 1, "label_dropout": 0.0},
+            diffusion={"noise_multiplicity": 1, "label_dropout": 0.0}, generation={"guidance": 0.0},
             training={"rounds": 1, "local_steps": self.steps, "sample_rate": self.sample_rate},
             pretrain={"source": "none"},
             privacy={"epsilon": self.epsilon, "delta": self.delta, "accountant": "prv", "counts_share": 0.05,
