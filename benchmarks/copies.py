@@ -40,20 +40,25 @@ _NOTHING = 1e-12  # a class of one image does not vary
 
 def likeness(images: Pictures, others: Pictures) -> NDArray[np.float64]:
     """Largest correlation of each of N images with any of others, turned and mirrored in all eight ways, (N,)."""
-    turned = [torch.rot90(x, turns, dims=(2, 3)) for x in (others.x, others.x.flip(-1)) for turns in range(4)]
-    theirs = torch.cat([_normalised(Pictures(x, others.y)) for x in turned])
-    return torch.cat([(part @ theirs.T).amax(dim=1) for part in _normalised(images).split(256)]).numpy()
+    made = _whitened(others)  # turning exchanges pixels, so it may come after
+    turned = [torch.rot90(x, turns, dims=(2, 3)) for x in (made, made.flip(-1)) for turns in range(4)]
+    theirs = torch.cat(turned).flatten(1)
+    return (
+        torch.cat([(part @ theirs.T).amax(dim=1) for part in _whitened(images).flatten(1).split(256)]).double().numpy()
+    )
 
 
-def _normalised(images: Pictures) -> Tensor:
-    """Thumbnails less the mean of their class and whitened (ZCA) by its covariance, of norm 1, (N, pixels)."""
-    flat = F.adaptive_avg_pool2d(images.x, min(_THUMBNAIL, images.x.shape[-1])).flatten(1).double()
+def _whitened(images: Pictures) -> Tensor:
+    """Thumbnails (N, C, s, s) less the mean of their class and whitened (ZCA) by its covariance, of norm 1, float32."""
+    small = F.adaptive_avg_pool2d(images.x, min(_THUMBNAIL, images.x.shape[-1]))
+    flat = small.flatten(1).double()
     for kind in np.unique(images.y):
         mine = torch.from_numpy(images.y == kind)
         apart = flat[mine] - flat[mine].mean(dim=0)
         values, vectors = torch.linalg.eigh(apart.T @ apart / len(apart))
-        flat[mine] = apart @ (vectors * (values.clamp(min=0) + _FLOOR * values.max() + _NOTHING).rsqrt()) @ vectors.T
-    return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)
+        scale = (values.clamp(min=0) + _FLOOR * values.max() + _NOTHING).rsqrt()
+        flat[mine] = apart @ (vectors * scale) @ vectors.T
+    return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)).float().view(small.shape)
 
 
 def copies(public: NDArray[np.uint8], real: Pictures, components: int = 8) -> Pictures:
