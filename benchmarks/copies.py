@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.panel import Pictures
 from common.images import ImageSet, to_uint8, to_unit
 from common.moments import Coordinates, coordinates
-from common.npz import opened, read_pixels
+from common.npz import opened
 from common.prior import Prior
 from common.study import DataConfig
 from server.synthesis.corpus import carried
-from server.synthesis.public_set import ANY_CLASS, fitted
+from server.synthesis.public_set import read_public
 
 _THUMBNAIL, _MOST = 14, 2000
 _FLOOR = 1e-3  # of the largest variance: finer differences than that are drowned in it
@@ -43,9 +43,8 @@ def likeness(images: Pictures, others: Pictures) -> NDArray[np.float64]:
     made = _whitened(others)  # turning exchanges pixels, so it may come after
     turned = [torch.rot90(x, turns, dims=(2, 3)) for x in (made, made.flip(-1)) for turns in range(4)]
     theirs = torch.cat(turned).flatten(1)
-    return (
-        torch.cat([(part @ theirs.T).amax(dim=1) for part in _whitened(images).flatten(1).split(256)]).double().numpy()
-    )
+    found = [(part @ theirs.T).amax(dim=1) for part in _whitened(images).flatten(1).split(256)]
+    return torch.cat(found).double().numpy()
 
 
 def _whitened(images: Pictures) -> Tensor:
@@ -61,12 +60,11 @@ def _whitened(images: Pictures) -> Tensor:
     return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)).float().view(small.shape)
 
 
-def copies(public: NDArray[np.uint8], real: Pictures, components: int = 8) -> Pictures:
+def copies(public: ImageSet, real: Pictures, components: int = 8) -> Pictures:
     """The public images (M, C, S, S) carried to each class's exact moments, K·M of them."""
     images, labels = to_uint8(real.x), real.y
     space = coordinates(images.shape[-1], images.shape[1], components)
-    labelled = ImageSet(public, np.full(len(public), ANY_CLASS, dtype=np.int64))
-    made = carried(labelled, _exact(images, labels, space))
+    made = carried(public, _exact(images, labels, space))
     return Pictures(to_unit(made.images), made.labels)
 
 
@@ -93,11 +91,9 @@ def main() -> None:
     parser.add_argument("--public", type=Path, required=True)
     asked = parser.parse_args()
     real = Pictures.read(asked.real, "train")
-    with opened(asked.public) as archive:
-        key = "images" if "images" in archive.files else "train_images"
-        pixels = read_pixels(archive, key, asked.public)
     schema = DataConfig(image_size=real.x.shape[-1], channels=1 if real.x.shape[1] == 1 else 3, classes=("a", "b"))
-    public = fitted(pixels, schema)
+    with opened(asked.public) as archive:
+        public = read_public(archive, asked.public, schema)
     made = copies(public, real)
     first = made.y == 0
     rows = {

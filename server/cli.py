@@ -121,7 +121,7 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
         )  # fmt: skip
     print(f"{study.study.name}: trying what the study names, solving for the noise and checking the sites' data ...",
           file=sys.stderr, flush=True)  # fmt: skip
-    if data is not None and data.is_file() and sha256_file(data) == study.pretrain.sha256:
+    if study.pretrain.sha256 and data is not None and data.is_file() and sha256_file(data) == study.pretrain.sha256:
         raise StudyError("the public set is the sites' own file: its images would be used without any noise",
                          where="--public", remedy="Give images that are nobody's secret.")  # fmt: skip
     try_study(study)

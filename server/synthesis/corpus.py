@@ -39,10 +39,9 @@ def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> Imag
     Returns:
         At most K·N images, class by class.
     """
-    labels = public.labels
     low, power = _measured(public.images, prior.space)
     likely = _likely(low, prior) if class_share < 1.0 else None
-    images, kinds = [], []
+    images = list[NDArray[np.uint8]]()
     for kind in range(len(prior.means)):
         mine = of_class(public, kind)
         if mine.all() and likely is not None:
@@ -51,14 +50,17 @@ def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> Imag
         gains = _gains(power[mine].mean(axis=0), prior.high[kind], prior.space)
         move = _Move(prior.space, low[mine].mean(axis=0), turn, prior.means[kind], gains)
         images.append(move.done(public.images[mine]))
-        kinds.append(np.full(len(images[-1]), kind, dtype=labels.dtype))
-    return ImageSet(np.concatenate(images), np.concatenate(kinds))
+    return _labelled(images)
 
 
 def uncarried(public: ImageSet, classes: int) -> ImageSet:
     """The same where there are no private moments: each class has the public images as they are."""
-    parts = [public.images[of_class(public, kind)] for kind in range(classes)]
-    labels = np.repeat(np.arange(classes), [len(part) for part in parts])
+    return _labelled([public.images[of_class(public, kind)] for kind in range(classes)])
+
+
+def _labelled(parts: list[NDArray[np.uint8]]) -> ImageSet:
+    """The images of each class, one class after another."""
+    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return ImageSet(np.concatenate(parts), labels.astype(np.int64))
 
 

@@ -60,11 +60,15 @@ def public_images(study: Study) -> ImageSet:
                 f"not the file that the study names: its SHA-256 is {found}", where=f"pretrain.path: {path}",
                 remedy="Give the file that all sites agreed on, or set pretrain.sha256 before they approve.",
             )  # fmt: skip
-        return _read(archive, path, study.data)
+        return read_public(archive, path, study.data)
 
 
-def _read(archive: NpzFile, path: Path, schema: DataConfig) -> ImageSet:
-    """Images from key "images", or "train_images" as MedMNIST has it, made to fit the study; no labels are read."""
+def read_public(archive: NpzFile, path: Path, schema: DataConfig) -> ImageSet:
+    """Images from key "images", or "train_images" as MedMNIST has it, made to fit the study; no labels are read.
+
+    Raises:
+        DataError: the images are too small, too few or all the same.
+    """
     key = "images" if "images" in archive.files else "train_images"
     pixels, side, where = read_pixels(archive, key, path), schema.image_size, f"{path}: {key}"
     height, width = pixels.shape[2:]

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.copies import copies, likeness
 from benchmarks.panel import Pictures
-from common.images import to_unit
+from common.images import ImageSet, to_unit
+from server.synthesis.public_set import ANY_CLASS
 
 
 def _drawn(count, seed):
@@ -33,7 +34,7 @@ def test_a_copy_is_one_whatever_its_brightness_contrast_and_side_and_another_ima
 def test_public_images_carried_to_real_moments_stay_copies_and_have_these_moments():
     public, real = _drawn(300, 1), _drawn(300, 2)
     pictures = _pictures((real.astype(float) * 0.6 + 30).astype(np.uint8), np.arange(300) % 2)
-    made = copies(public, pictures, components=4)
+    made = copies(ImageSet(public, np.full(300, ANY_CLASS)), pictures, components=4)
     assert made.x.shape == (600, 1, 16, 16)
     for kind in (0, 1):
         assert made.x[made.y == kind].mean().item() == pytest.approx(
