@@ -33,6 +33,11 @@ def handle_moments(message: Message, context: Context) -> Message:
     return relay(message, context)
 
 
+@app.query("features")
+def handle_features(message: Message, context: Context) -> Message:
+    return relay(message, context)
+
+
 @app.train()
 def handle_train(message: Message, context: Context) -> Message:
     return relay(message, context)

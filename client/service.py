@@ -31,6 +31,7 @@ from client.privacy.ledger import Ledger
 from client.privacy.randomness import NoiseSource
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
+from client.stages.features import features
 from client.stages.moments import moments
 from client.stages.train import train
 from client.stages.validate import validate
@@ -50,7 +51,7 @@ from common.protocol import (
 
 SERVICE, METHOD = "synthward.Site", "Answer"  # as in client/app.py; a test holds them together
 STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
-    "enrol": enrol, "moments": moments, "train": train, "validate": validate,
+    "enrol": enrol, "moments": moments, "features": features, "train": train, "validate": validate,
 }  # fmt: skip
 MOST_LOG_BYTES = 10_000_000  # of the site's log: who asks in vain without end must not fill the disk
 _WORKERS = 16  # requests of one site that may be on their way at a time

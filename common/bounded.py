@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,7 +21,7 @@ from common.images import Units
 
 Rows = Mapping[str, "Tensor | NDArray[Any]"]  # by part, (B, *shape)
 Shapes = Mapping[str, tuple[int, ...]]
-RowsOf = Callable[[NDArray[np.uint8], NDArray[np.int64]], Rows]  # images (B, C, H, W), labels (B,) -> rows
+RowsOf = Callable[[slice], Rows]  # of the images at these positions
 _KEY = object()
 # Rows are clipped a little below the bound: by more than float64 loses in the norm of a row of 1e6 numbers (1e-10 at
 # worst) and, as errors of a sum have either sign, in a sum of 1e8 rows (about 1e-12; were all of one sign, 1).
@@ -95,13 +94,13 @@ def sum_over_units(units: Units, shapes: Shapes, bound: float, rows_of: RowsOf, 
     """Sum over units of the mean of their images' rows, each clipped to `bound`: a unit adds no more than one image.
 
     Args:
-        rows_of: rows of some images; a row depends on its own image and label alone.
+        rows_of: rows of the units' images at some positions; a row depends on its own image and label alone.
         at_once: images whose rows are in memory together.
     """
     running, shares = RunningSum(shapes, bound), torch.from_numpy(units.weights())
     for start in range(0, len(shares), at_once):
         these = slice(start, start + at_once)
-        running._add(rows_of(units.images.images[these], units.images.labels[these]), shares[these])
+        running._add(rows_of(these), shares[these])
     return running.total()
 
 

@@ -63,15 +63,18 @@ MECHANISMS = (
     Mechanism(
         "counts", "train", lambda _: True, _one, _one, _one, _one, lambda s: s.privacy.counts_share,
         meaning="class counts of the training records, once per study",
-        words="how many training {unit}s each class has",
-    ),
+        words="how many training {unit}s each class has"),
+    Mechanism(
+        "features", "train", lambda s: s.privacy.features_share > 0, _one, _one, _one, _one,
+        lambda s: s.privacy.features_share,
+        meaning="sums over the training images of their edges and textures by class, and of products, once per study",
+        words="an average of the edges and textures of the {unit}s of each class, and how the {unit}s vary around it"),
     Mechanism(
         "moments", "train", lambda s: s.privacy.moments_share > 0, _one, _one, _one, _one,
         lambda s: s.privacy.moments_share if s.training.rounds else REST,
         meaning="sums over the training images of their low frequencies by class, then of the squares of what is left "
         "after the class means, of its energy by class and frequency band, and of its squared length, once per study",
-        words="a blurred average of the {unit}s of each class, and how the {unit}s vary around it",
-    ),
+        words="a blurred average of the {unit}s of each class, and how the {unit}s vary around it"),
     Mechanism(
         "train", "train", lambda s: s.training.rounds > 0, lambda s: s.training.sample_rate,
         lambda s: s.training.local_steps, lambda s: s.training.rounds, lambda s: s.training.max_grad_norm,

@@ -38,7 +38,7 @@ _BANDS_PER_OCTAVE = 3
 MEANS_PART, SECOND_MOMENTS_PART, BAND_POWER_PART, NORM_PART = 0.40, 0.84, 0.35, 0.10
 SPREAD_PART = math.hypot(SECOND_MOMENTS_PART, BAND_POWER_PART, NORM_PART)
 _BLOCK_BYTES = 24 << 20  # of the rows in memory together; clipping and summing them takes two to three times as much
-_OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
+OPPONENT = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]) / np.sqrt(np.array([[3.0], [2.0], [6.0]]))
 
 
 def dct_basis(size: int) -> Floats:
@@ -66,7 +66,7 @@ class Coordinates:
     @cached_property
     def colours(self) -> NDArray[Any]:
         """Orthonormal (C, C): brightness first, then colour differences."""
-        return _OPPONENT if self.channels == 3 else np.ones((1, 1))
+        return OPPONENT if self.channels == 3 else np.ones((1, 1))
 
     @cached_property
     def low(self) -> NDArray[np.bool_]:
@@ -179,15 +179,18 @@ def coordinates(size: int, channels: int, components: int, symmetry: Symmetry = 
 def class_counts(units: Units, classes: int) -> BoundedSum:
     """Part "counts" (K,): units by class; a unit of images of several classes adds their shares, 1 in all."""
     each = np.eye(classes)
-    return sum_over_units(units, {"counts": (classes,)}, 1.0, lambda _, labels: {"counts": each[labels]})
+    return sum_over_units(
+        units, {"counts": (classes,)}, 1.0, lambda these: {"counts": each[units.images.labels[these]]}
+    )
 
 
 def class_sums(units: Units, classes: int, space: Coordinates) -> BoundedSum:
     """Part "means" (K, d): low coordinates summed by class, clipped to MEAN_CLIP_NORM, which counts as MEANS_PART."""
     shapes = {"means": (classes, space.dimension)}
 
-    def rows_of(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Rows:
-        low, _ = space.of(images)
+    def rows_of(these: slice) -> Rows:
+        labels = units.images.labels[these]
+        low, _ = space.of(units.images.images[these])
         means = np.zeros((len(labels), *shapes["means"]))
         means[np.arange(len(labels)), labels] = low * (MEANS_PART / MEAN_CLIP_NORM)
         return {"means": means}
@@ -227,10 +230,11 @@ def spread_sums(units: Units, centres: Floats, space: Coordinates) -> BoundedSum
     d, classes, bands = space.dimension, len(centres), space.band_count
     shapes = {"second_moments": (space.packed,), "band_power": (classes, bands), "norm": (1,)}
     i, j = np.triu_indices(d)
-    factor = SECOND_MOMENTS_PART * _packing(d)
+    factor = SECOND_MOMENTS_PART * packing(d)
 
-    def rows_of(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Rows:
-        low, high = space.of(images)
+    def rows_of(these: slice) -> Rows:
+        labels = units.images.labels[these]
+        low, high = space.of(units.images.images[these])
         whole = np.concatenate([low - centres[labels], high], axis=1)
         norms = np.sqrt(np.square(whole).sum(axis=1, keepdims=True))
         whole /= np.maximum(norms, SPREAD_CLIP_NORM)
@@ -253,7 +257,7 @@ def _at_once(shapes: Mapping[str, tuple[int, ...]], space: Coordinates) -> int:
     return max(1, min(256, _BLOCK_BYTES // (8 * numbers)))
 
 
-def _packing(d: int) -> Floats:
+def packing(d: int) -> Floats:
     """What `pack` multiplies a matrix's upper entries with: 1 on the diagonal, else sqrt(2)."""
     i, j = np.triu_indices(d)
     return np.where(i == j, 1.0, math.sqrt(2.0))
@@ -261,11 +265,11 @@ def _packing(d: int) -> Floats:
 
 def pack(matrix: Floats) -> Floats:
     """Symmetric (d, d) as (d (d + 1) / 2,) of the same norm."""
-    return matrix[np.triu_indices(len(matrix))] * _packing(len(matrix))
+    return matrix[np.triu_indices(len(matrix))] * packing(len(matrix))
 
 
 def unpack(packed: Floats, d: int) -> Floats:
     """The inverse of `pack`."""
     matrix = np.zeros((d, d))
-    matrix[np.triu_indices(d)] = packed / _packing(d)
+    matrix[np.triu_indices(d)] = packed / packing(d)
     return matrix + np.triu(matrix, 1).T

@@ -73,6 +73,13 @@ class MomentsRequest(Part):
     counts: Annotated[tuple[float, ...], Field(strict=False, max_length=64)]
 
 
+class FeaturesRequest(Part):
+    """Asks for the private class features of the train partition; arrays: a `common.features.View`."""
+
+    stage: Literal["features"] = "features"
+    agreement: Agreement
+
+
 class TrainRequest(Part):
     """Asks for one round of private training; arrays: float32 weights of the whole model by name.
 
@@ -130,6 +137,12 @@ class MomentsReply(Part):
     stage: Literal["moments"] = "moments"
 
 
+class FeaturesReply(Part):
+    """Noisy sums, float64: "means" (classes, m) and "second_moments" (m (m + 1) / 2,)."""
+
+    stage: Literal["features"] = "features"
+
+
 class TrainReply(Part):
     """Of each trained parameter, float32: with FedAvg the change of the weights, with FedSGD the noisy gradient sum.
 
@@ -163,8 +176,8 @@ class Refusal(Part):
     allowed: Text = ""
 
 
-Request = EnrolRequest | MomentsRequest | TrainRequest | ValidateRequest
-Reply = EnrolReply | MomentsReply | TrainReply | ValidateReply | Refusal
+Request = EnrolRequest | MomentsRequest | FeaturesRequest | TrainRequest | ValidateRequest
+Reply = EnrolReply | MomentsReply | FeaturesReply | TrainReply | ValidateReply | Refusal
 
 
 class Answer(Part):

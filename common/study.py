@@ -140,6 +140,9 @@ class PrivacyConfig(Settings):
         default=0.1, gt=0, lt=1, description="share of epsilon that the class counts would cost alone"
     )
     moments_share: float = Field(default=0.8, ge=0, lt=1, description="the same for the class moments; 0 = none")
+    features_share: float = Field(
+        default=0.25, ge=0, lt=1, description="the same for the class features that images are chosen by; 0 = none"
+    )
     reference_share: float = Field(
         default=0.25, ge=0, lt=1, description="the same for the real-data reference; 0 = none"
     )
@@ -154,6 +157,9 @@ class FederationConfig(Settings):
 
 class GenerationConfig(Settings):
     images: int = Field(default=1000, ge=2, le=1_000_000)
+    candidates: int = Field(
+        default=2, ge=1, le=16, description="images drawn for each that is kept, where privacy.features_share is over 0"
+    )
     balance: Literal["counts", "even"] = Field(
         default="counts", description="classes in proportion to the private counts, or as many of each"
     )
@@ -238,10 +244,11 @@ class Study(Settings):
             raise ValueError('pretrain.sha256: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.path is not None and self.pretrain.source != "npz":
             raise ValueError('pretrain.path: goes with pretrain.source "npz", which needs path and sha256')
-        if self.pretrain.source == "none" and (self.privacy.moments_share > 0 or self.training.rounds == 0):
+        private = self.privacy.moments_share > 0 or self.privacy.features_share > 0
+        if self.pretrain.source == "none" and (private or self.training.rounds == 0):
             raise ValueError(
-                'pretrain.source: "none" needs training.rounds, and privacy.moments_share = 0, since '
-                "moments say where public images are to be carried"
+                'pretrain.source: "none" needs training.rounds, and privacy.moments_share = 0 and features_share = 0, '
+                "since moments say where public images are to be carried, and features which are to be kept"
             )
         if self.pretrain.source == "phantoms" and not 16 <= side <= 128:
             raise ValueError(f"pretrain.source: phantoms are drawn at 16 to 128 px, not {side}")

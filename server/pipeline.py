@@ -2,8 +2,8 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-enrol → moments → train → generate → validate → release. Each takes up what was kept: a round that has a checkpoint,
-a batch of images, an answer that a site has stored, is never made or paid for twice.
+enrol → features → moments → train → generate → validate → release. Each takes up what was kept: a round that has a
+checkpoint, a batch of images, an answer that a site has stored, is never made or paid for twice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from server.federation.sites import SiteGroup
 from server.progress import Progress
 from server.session import Session
 from server.stages.enrol import enrol
+from server.stages.features import features
 from server.stages.generate import generate
 from server.stages.moments import moments
 from server.stages.release import release
@@ -49,9 +50,10 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
     try:
         with _peak_memory() as largest:
             enrol(session)
-            moments(session)
+            teacher = features(session)
+            moments(session, teacher)
             state = train(session)
-            synthetic = generate(session, state)
+            synthetic = generate(session, state, teacher)
             validation = validate(session, synthetic)
         report = release(
             session,

@@ -18,6 +18,7 @@ from common.protocol import (
     Answer,
     Arrays,
     EnrolReply,
+    FeaturesReply,
     MomentsReply,
     Refusal,
     Reply,
@@ -31,7 +32,7 @@ from common.protocol import (
 from server.federation.members import Member
 from server.federation.sites import Requests, SiteGroup
 
-B = TypeVar("B", EnrolReply, MomentsReply, TrainReply, ValidateReply)
+B = TypeVar("B", EnrolReply, MomentsReply, FeaturesReply, TrainReply, ValidateReply)
 Screen = Callable[[int, B, Arrays], None]  # node, body, arrays; raises ReplyError
 _LONGEST_REASON = 300
 

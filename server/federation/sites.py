@@ -18,7 +18,10 @@ from common.errors import FederationError, ReplyError
 from common.protocol import Arrays, Request, encode
 from common.wire import from_record, to_record
 
-MESSAGE_TYPES = {"enrol": "query.enrol", "moments": "query.moments", "train": "train", "validate": "evaluate"}
+MESSAGE_TYPES = {
+    "enrol": "query.enrol", "moments": "query.moments", "features": "query.features", "train": "train",
+    "validate": "evaluate",
+}  # fmt: skip
 _POLL_SECONDS = 0.2
 
 Requests = Mapping[int, tuple[Request, Arrays]]  # by node

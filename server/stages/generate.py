@@ -16,10 +16,14 @@ from server.checkpoints import Checkpoint
 from server.session import Session
 from server.synthesis.generation import generate as sample_set
 from server.synthesis.generation import planned_labels
+from server.synthesis.teacher import Teacher
 
 
-def generate(session: Session, state: Checkpoint) -> ImageSet:
-    """Sample the set; a resumed run takes up the finished batches."""
+def generate(session: Session, state: Checkpoint, teacher: Teacher | None) -> ImageSet:
+    """Sample the set, and keep of the candidates those that the teacher agrees with.
+
+    A resumed run takes up the finished batches.
+    """
     study = session.agreement.study
     counts = np.sum([member.counts for member in session.members.values()], axis=0)
     counts = np.ones_like(counts) if study.generation.balance == "even" else counts
@@ -30,7 +34,8 @@ def generate(session: Session, state: Checkpoint) -> ImageSet:
     else:
         session.folder.keep_result("generate", {"labels": labels.tolist()})
     config = study.generation
-    session.progress.stage("generate", f"{len(labels)} images, {config.sampler}, {config.steps} steps")
+    asked = np.tile(labels, 1 if teacher is None else config.candidates)
+    session.progress.stage("generate", f"{len(asked)} images, {config.sampler}, {config.steps} steps")
     began = time.monotonic()
 
     def on_batch(done: int, total: int) -> None:
@@ -39,4 +44,5 @@ def generate(session: Session, state: Checkpoint) -> ImageSet:
 
     weights = hashlib.sha256(pack_arrays(state.ema)).hexdigest()[:16]  # no image of other weights is taken up
     folder = session.folder.path / "checkpoints" / f"generated-{weights}"
-    return sample_set(study, state.ema, labels, folder, on_batch=on_batch)
+    drawn = sample_set(study, state.ema, asked, folder, on_batch=on_batch)
+    return drawn if teacher is None else teacher.chosen(drawn, labels)

@@ -22,12 +22,16 @@ from server.session import Session
 from server.synthesis.corpus import carried, low_moments, uncarried
 from server.synthesis.pretrain import pretrained
 from server.synthesis.public_set import public_images
+from server.synthesis.teacher import Teacher
 
 
-def moments(session: Session) -> None:
+def moments(session: Session, teacher: Teacher | None) -> None:
     """Make the weights of round 0: of a network that has learnt from public images with the sites' noisy moments.
 
     Nothing is done where a checkpoint stands already.
+
+    Args:
+        teacher: says which of the carried images the network learns from; None = all.
 
     Raises:
         FederationError: fewer usable answers than federation.min_sites.
@@ -36,12 +40,12 @@ def moments(session: Session) -> None:
     study = session.agreement.study
     if session.folder.last_checkpoint() is not None:
         return
-    weights = initial_weights(study) if study.pretrain.source == "none" else _learnt(session)
+    weights = initial_weights(study) if study.pretrain.source == "none" else _learnt(session, teacher)
     copy = {name: array.copy() for name, array in weights.items()}
     session.folder.save_checkpoint(Checkpoint(0, weights, copy, []))
 
 
-def _learnt(session: Session) -> Arrays:
+def _learnt(session: Session, teacher: Teacher | None) -> Arrays:
     """Weights of the network after the corpus; a run that was stopped goes on with it."""
     study, config = session.agreement.study, session.agreement.study.pretrain
     public = public_images(study)
@@ -49,6 +53,8 @@ def _learnt(session: Session) -> Arrays:
         corpus = uncarried(public, len(study.data.classes))
     else:
         corpus = carried(public, _prior(session, public), class_share=config.class_share)
+    if teacher is not None:
+        corpus = teacher.agreed(corpus)
     kind = "drawn phantoms" if config.source == "phantoms" else f"the public images of {config.path}"
     session.progress.stage("pretrain", f"{config.steps} steps on {len(corpus)} images made of {kind}")
 

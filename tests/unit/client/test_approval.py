@@ -121,7 +121,7 @@ def test_no_rule_about_the_records_is_asked_when_a_request_comes():
 
 
 def test_a_mechanism_that_does_not_exist_cannot_be_allowed():
-    with pytest.raises(ValueError, match="no mechanism 'mean'; there are counts, moments"):
+    with pytest.raises(ValueError, match="no mechanism 'mean'; there are counts, features, moments"):
         SitePolicy.model_validate({"allowed_mechanisms": ["counts", "mean"]})
 
 

@@ -111,10 +111,10 @@ def test_a_patient_adds_no_more_than_one_image_however_many_it_has(patients, at_
         np.zeros(len(patients), np.int64), np.array(patients),
     )  # fmt: skip
 
-    def rows(pixels, _):
-        return {"x": pixels.reshape(len(pixels), -1).astype(np.float64) * 1e6}
-
     def total(kept):
+        def rows(these):
+            return {"x": kept.images[these].reshape(-1, 4).astype(np.float64) * 1e6}
+
         return sum_over_units(Units.of(kept, "patient"), {"x": (4,)}, 1.0, rows, at_once=at_once)
 
     everybody, gone = total(images), patients[0]

@@ -202,7 +202,7 @@ def _sums(study, value=0.0, **changed):
 def test_bad_moments_are_dropped_and_the_prior_is_that_of_the_other_sites(tmp_path, changed, reason):
     said = {n: answer(n, MomentsReply(), _sums(FEDSGD, 0.1)) for n in (1, 3)}
     session, sites, out = _session(tmp_path, FEDSGD, {**said, 2: answer(2, MomentsReply(), _sums(FEDSGD, **changed))})
-    moments(session)
+    moments(session, None)
     assert "moments: site-2 left out: " in out.getvalue() and reason in out.getvalue()
     state = session.folder.last_checkpoint()
     assert state is not None and all(np.isfinite(array).all() for array in state.weights.values())
@@ -210,7 +210,7 @@ def test_bad_moments_are_dropped_and_the_prior_is_that_of_the_other_sites(tmp_pa
     for file in (session.folder.path / "checkpoints").glob("round-*"):
         file.unlink()
     session.group = ScriptedSites({}).group
-    moments(session)  # a stop before the checkpoint: what the sites said is kept
+    moments(session, None)  # a stop before the checkpoint: what the sites said is kept
     again = session.folder.last_checkpoint()
     assert again is not None and all(np.array_equal(again.weights[n], a) for n, a in state.weights.items())
 

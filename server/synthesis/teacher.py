@@ -1,0 +1,118 @@
+"""The teacher: a linear classifier made of the sites' noisy class features, and the images that it agrees with.
+
+SPDX-License-Identifier: Apache-2.0
+
+An image that is carried to a class's moments has that class's brightness and large shapes, but often the edges and
+textures of another one. Whoever trains on such images learns the wrong thing. The teacher, which has learnt from the
+real images of all sites, says which ones. All of it is post-processing of noisy sums.
+N images, K classes, F features, m of their directions (`common/features.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.features import SECOND_MOMENTS_PART, View, clipped, means_and_products
+from common.images import ImageSet
+from common.moments import Floats
+from common.scattering import Scattering
+
+_SEEN = 3000  # public images that directions are found in
+_WHITENING = 0.125  # power of the variances that directions are divided by: 0.5 would make all of them alike
+_LEAST_STD = 0.05  # of the middle one: a feature in which public images hardly vary is not stretched without end
+_LEAST_VARIANCE = 3e-3  # of the largest
+_NOISE_FLOOR = 0.5  # of the largest eigenvalue that noise alone gives: below it a direction tells nothing
+_FEWEST = 500  # images of a class that are kept, where there are as many
+
+
+def view_of(public: NDArray[np.uint8], features: Scattering, *, many: int, seed: int) -> View:
+    """Principal directions (F, many) of public images' features, each feature divided by its standard deviation."""
+    rows = np.random.default_rng(seed).permutation(len(public))[:_SEEN]
+    found = features.of(public[rows]).astype(np.float64)
+    centre, std = found.mean(axis=0), found.std(axis=0)
+    std = np.maximum(std, max(_LEAST_STD * float(np.median(std)), 1e-6))
+    apart = (found - centre) / std
+    values, vectors = np.linalg.eigh(apart @ apart.T / len(apart))  # of images: they are fewer than features
+    values, vectors = np.maximum(values[::-1][:many], 1e-9), vectors[:, ::-1][:, :many]
+    directions = apart.T @ vectors / np.sqrt(len(apart) * values) / std[:, None]
+    directions *= np.where(values > 1e-6 * values[0], (values / values[0]) ** -_WHITENING, 0.0)
+    directions = np.pad(directions, ((0, 0), (0, many - directions.shape[1])))
+    lengths = np.linalg.norm((found - centre) @ directions, axis=1)
+    directions /= max(float(np.median(lengths)), 1e-12)
+    return View(centre.astype(np.float32), directions.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Fisher's linear discriminant of class features, every class as likely as any other.
+
+    Attributes:
+        weights: (m, K).
+        offset: (K,).
+    """
+
+    features: Scattering
+    view: View
+    weights: Floats
+    offset: Floats
+
+    @classmethod
+    def fit(
+        cls, features: Scattering, view: View, means: Floats, second_moments: Floats, counts: Floats, *,
+        noise_std: float,
+    ) -> Teacher:  # fmt: skip
+        """From noisy sums over all sites.
+
+        Args:
+            means, second_moments: of `feature_sums`.
+            counts: (K,), noisy.
+            noise_std: of each number in the sums.
+        """
+        counts = np.maximum(counts, 1.0)
+        each, products = means_and_products(means, second_moments, counts)
+        within = products - (each.T * (counts / counts.sum())) @ each
+        values, vectors = np.linalg.eigh(within)
+        of_noise = noise_std / SECOND_MOMENTS_PART / counts.sum() * math.sqrt(2.0 * len(within))  # Wigner's semicircle
+        values = np.maximum(values, max(_NOISE_FLOOR * of_noise, _LEAST_VARIANCE * values[-1], 1e-12))
+        weights = (vectors / values) @ vectors.T @ each.T
+        return cls(features, view, weights, -0.5 * np.einsum("kd,dk->k", each, weights))
+
+    def scores(self, images: NDArray[np.uint8]) -> Floats:
+        """Log-likelihood of each class but for what all classes share, (N, K)."""
+        scores: Floats = clipped(self.view.of(self.features.of(images))) @ self.weights + self.offset
+        return scores
+
+    def margins(self, images: ImageSet) -> Floats:
+        """By how much an image's own class is likelier than the likeliest other, (N,): over 0 where it agrees."""
+        scores, rows = self.scores(images.images), np.arange(len(images))
+        own = scores[rows, images.labels]
+        scores[rows, images.labels] = -np.inf
+        margins: Floats = own - scores.max(axis=1)
+        return margins
+
+    def agreed(self, corpus: ImageSet) -> ImageSet:
+        """The images that the teacher agrees with, and of a class with few of them those that it doubts least."""
+        margins = self.margins(corpus)
+        keep = margins > 0
+        for kind in np.unique(corpus.labels):
+            mine = np.flatnonzero(corpus.labels == kind)
+            keep[mine[np.argsort(-margins[mine], kind="stable")[:_FEWEST]]] = True
+        return corpus.select(keep)
+
+    def chosen(self, candidates: ImageSet, labels: NDArray[np.int64]) -> ImageSet:
+        """One image for each label (N,), in their order: of its class those that agree, as they come, then the rest.
+
+        Args:
+            candidates: at least as many of each class as labels.
+        """
+        margins, picked = self.margins(candidates), np.zeros(len(labels), dtype=np.int64)
+        for kind in np.unique(labels):
+            mine = np.flatnonzero(candidates.labels == kind)
+            order = np.argsort(-np.minimum(margins[mine], 0.0), kind="stable")  # those that agree are all alike
+            places = np.flatnonzero(labels == kind)
+            picked[places] = mine[order[: len(places)]]
+        return candidates.select(picked)
