@@ -104,7 +104,7 @@ class PretrainConfig(Settings):
     class_share: float = Field(
         default=1.0, gt=0, le=1,
         description="share of a public set without labels that each class takes: the images "
-        "most like it by its moments; 1 = all",
+        "most like it by its features; 1 = all",
     )  # fmt: skip
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch_size: int = Field(default=64, ge=1, le=4096)
@@ -240,6 +240,8 @@ class Study(Settings):
             raise ValueError('training.local_steps: must be 1 where training.algorithm is "fedsgd"')
         if self.training.rounds == 0 and self.privacy.moments_share == 0:
             raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
+        if self.pretrain.class_share < 1 and self.privacy.features_share == 0:
+            raise ValueError("pretrain.class_share: below 1 needs privacy.features_share over 0")
         if (self.pretrain.sha256 is not None) != (self.pretrain.source == "npz"):
             raise ValueError('pretrain.sha256: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.path is not None and self.pretrain.source != "npz":

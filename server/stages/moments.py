@@ -19,7 +19,7 @@ from common.study import Study
 from server.checkpoints import Checkpoint
 from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.session import Session
-from server.synthesis.corpus import carried, low_moments, uncarried
+from server.synthesis.corpus import carried, carried_together, low_moments, uncarried
 from server.synthesis.pretrain import pretrained
 from server.synthesis.public_set import public_images
 from server.synthesis.teacher import Teacher
@@ -31,7 +31,7 @@ def moments(session: Session, teacher: Teacher | None) -> None:
     Nothing is done where a checkpoint stands already.
 
     Args:
-        teacher: says which of the carried images the network learns from; None = all.
+        teacher: says of which class a carried image is; None = of the class whose moments it has.
 
     Raises:
         FederationError: fewer usable answers than federation.min_sites.
@@ -49,12 +49,7 @@ def _learnt(session: Session, teacher: Teacher | None) -> Arrays:
     """Weights of the network after the corpus; a run that was stopped goes on with it."""
     study, config = session.agreement.study, session.agreement.study.pretrain
     public = public_images(study)
-    if session.agreement.plan.get("moments") is None:
-        corpus = uncarried(public, len(study.data.classes))
-    else:
-        corpus = carried(public, _prior(session, public), class_share=config.class_share)
-    if teacher is not None:
-        corpus = teacher.agreed(corpus)
+    corpus = _corpus(session, public, teacher)
     kind = "drawn phantoms" if config.source == "phantoms" else f"the public images of {config.path}"
     session.progress.stage("pretrain", f"{config.steps} steps on {len(corpus)} images made of {kind}")
 
@@ -63,6 +58,19 @@ def _learnt(session: Session, teacher: Teacher | None) -> Arrays:
 
     file = session.folder.path / "checkpoints" / "pretrained.safetensors"
     return pretrained(study, corpus, file, on_step=on_step)
+
+
+def _corpus(session: Session, public: ImageSet, teacher: Teacher | None) -> ImageSet:
+    """Public images with the sites' moments, and with the labels that the teacher gives them."""
+    study = session.agreement.study
+    if session.agreement.plan.get("moments") is None:
+        corpus = uncarried(public, len(study.data.classes))
+    else:
+        prior, share, likely = _prior(session, public), study.pretrain.class_share, None
+        if teacher is not None and share < 1.0:
+            likely = teacher.scores(carried_together(public.images, prior))
+        corpus = carried(public, prior, likely=likely, class_share=share)
+    return corpus if teacher is None else teacher.labelled(corpus)
 
 
 def _prior(session: Session, public: ImageSet) -> Prior:

@@ -28,19 +28,19 @@ _MOST = 2.5  # gain of a direction or a band; there is no least one
 _FEWEST = 500  # images of a class, where there are as many: fewer say little of a covariance
 
 
-def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> ImageSet:
+def carried(public: ImageSet, prior: Prior, *, likely: Floats | None = None, class_share: float = 1.0) -> ImageSet:
     """For each class, public images carried to its moments: those of that class, or where none is known to be, a share.
 
     Args:
         public: images (N, C, S, S).
         prior: of the sites' noisy moments.
-        class_share: `pretrain.class_share`.
+        likely: (N, K), how likely each class is for a public image, in logarithms but for what classes share.
+        class_share: of the images, those that `likely` speaks most for; without it every class has all.
 
     Returns:
         At most K·N images, class by class.
     """
     low, power = _measured(public.images, prior.space)
-    likely = _likely(low, prior) if class_share < 1.0 else None
     images = list[NDArray[np.uint8]]()
     for kind in range(len(prior.means)):
         mine = of_class(public, kind)
@@ -51,6 +51,16 @@ def carried(public: ImageSet, prior: Prior, *, class_share: float = 1.0) -> Imag
         move = _Move(prior.space, low[mine].mean(axis=0), turn, prior.means[kind], gains)
         images.append(move.done(public.images[mine]))
     return _labelled(images)
+
+
+def carried_together(public: NDArray[np.uint8], prior: Prior) -> NDArray[np.uint8]:
+    """Public images (N, C, S, S) carried to the moments of all classes as one."""
+    low, power = _measured(public, prior.space)
+    mean = prior.shares @ prior.means
+    apart = prior.means - mean
+    whole = np.einsum("k,kde->de", prior.shares, prior.covariances + apart[:, :, None] * apart[:, None, :])
+    gains = _gains(power.mean(axis=0), np.einsum("k,kcij->cij", prior.shares, prior.high), prior.space)
+    return _Move(prior.space, low.mean(axis=0), _map(_covariance(low), whole), mean, gains).done(public)
 
 
 def uncarried(public: ImageSet, classes: int) -> ImageSet:
@@ -68,20 +78,6 @@ def of_class(public: ImageSet, kind: int) -> NDArray[np.bool_]:
     """Which public images are of one class, (N,); all where not even two have that label."""
     mine = public.labels == kind
     return mine if mine.sum() > 1 else np.ones_like(mine)
-
-
-def _likely(low: Floats, prior: Prior) -> Floats:
-    """Log-density (N, K) of public images under each class, once all of them are carried to the moments of all."""
-    mean = prior.shares @ prior.means
-    apart = prior.means - mean
-    whole = np.einsum("k,kde->de", prior.shares, prior.covariances + apart[:, :, None] * apart[:, None, :])
-    moved = (low - low.mean(axis=0)) @ _map(_covariance(low), whole).T + mean
-    found = []
-    for centre, covariance in zip(prior.means, prior.covariances, strict=True):
-        root = np.linalg.cholesky(covariance)
-        lengths = np.square(np.linalg.solve(root, (moved - centre).T)).sum(axis=0)
-        found.append(-0.5 * lengths - np.log(np.diag(root)).sum())
-    return np.stack(found, axis=1)
 
 
 def _share(likely: Floats, kind: int, share: float) -> NDArray[np.bool_]:

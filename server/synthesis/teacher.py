@@ -1,10 +1,10 @@
-"""The teacher: a linear classifier made of the sites' noisy class features, and the images that it agrees with.
+"""The teacher: a linear classifier made of the sites' noisy class features, and the labels that it gives.
 
 SPDX-License-Identifier: Apache-2.0
 
 An image that is carried to a class's moments has that class's brightness and large shapes, but often the edges and
 textures of another one. Whoever trains on such images learns the wrong thing. The teacher, which has learnt from the
-real images of all sites, says which ones. All of it is post-processing of noisy sums.
+real images of all sites, gives such an image the label that it deserves. All of it is post-processing of noisy sums.
 N images, K classes, F features, m of their directions (`common/features.py`).
 """
 
@@ -94,14 +94,19 @@ class Teacher:
         margins: Floats = own - scores.max(axis=1)
         return margins
 
-    def agreed(self, corpus: ImageSet) -> ImageSet:
-        """The images that the teacher agrees with, and of a class with few of them those that it doubts least."""
-        margins = self.margins(corpus)
-        keep = margins > 0
-        for kind in np.unique(corpus.labels):
-            mine = np.flatnonzero(corpus.labels == kind)
-            keep[mine[np.argsort(-margins[mine], kind="stable")[:_FEWEST]]] = True
-        return corpus.select(keep)
+    def labelled(self, corpus: ImageSet) -> ImageSet:
+        """Images (N', C, S, S) each with the class that is likeliest for it, class by class.
+
+        A class that few are taken for has those beside that most look like it, so that an image can be there twice.
+        """
+        scores = self.scores(corpus.images)
+        likeliest, rows, labels = scores.argmax(axis=1), list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+        for kind in range(scores.shape[1]):
+            doubt = np.delete(scores, kind, axis=1).max(axis=1) - scores[:, kind]
+            many = max(int((likeliest == kind).sum()), min(_FEWEST, len(corpus)))
+            rows.append(np.argsort(doubt, kind="stable")[:many])
+            labels.append(np.full(many, kind, dtype=np.int64))
+        return ImageSet(corpus.images[np.concatenate(rows)], np.concatenate(labels))
 
     def chosen(self, candidates: ImageSet, labels: NDArray[np.int64]) -> ImageSet:
         """One image for each label (N,), in their order: of its class those that agree, as they come, then the rest.

@@ -10,7 +10,7 @@ from common.model.diffusion_model import initial_weights
 from common.moments import coordinates
 from common.phantoms import public_phantoms
 from common.prior import Prior
-from server.synthesis.corpus import carried, low_moments, of_class, uncarried
+from server.synthesis.corpus import carried, carried_together, low_moments, of_class, uncarried
 from server.synthesis.pretrain import pretrained, turned
 from server.synthesis.public_set import ANY_CLASS
 from support.studies import tiny_study
@@ -61,25 +61,29 @@ def test_gains_are_bounded_where_public_images_hardly_vary():
         assert part.astype(float).std(axis=0).mean() < 3.0 * flat.astype(float).std(axis=0).mean() + 1.0
 
 
-def test_a_class_is_made_of_the_public_images_that_look_most_like_it(monkeypatch):
-    """Half of the public images have a bright middle; the second class's moments say that its images have one."""
+def test_a_class_is_made_of_the_public_images_that_are_likeliest_for_it(monkeypatch):
+    """Half of the public images have a bright middle, and are said to be likelier for the second class."""
     monkeypatch.setattr("server.synthesis.corpus._FEWEST", 20)
-    rng = np.random.default_rng(0)
-    images = rng.integers(100, 140, (200, 1, 16, 16)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(100, 140, (200, 1, 16, 16)).astype(np.uint8)
     images[::2, :, 5:11, 5:11] += 60
-    public = ImageSet(images, np.full(200, ANY_CLASS))
-    low, high = SPACE.of(images)
-    means = np.stack([low[1::2].mean(axis=0), low[::2].mean(axis=0)])
-    variance = np.zeros(SPACE.low.shape)
-    variance[~SPACE.low] = np.square(high).mean(axis=0)
-    within = low_moments(images[::2], SPACE)[1]
-    prior = Prior(SPACE, means, np.stack([within] * 2), np.stack([variance] * 2), np.full(2, 0.5))
-    assert len(carried(public, prior)) == 400
-    corpus = carried(public, prior, class_share=0.5)
-    middle = corpus.images[:, 0, 6:10, 6:10].astype(float).mean(axis=(1, 2))
-    border = corpus.images[:, 0, :4].astype(float).mean(axis=(1, 2))
+    public, prior = ImageSet(images, np.full(200, ANY_CLASS)), _prior((1.0, 1.0), 0.0)
+    likely = np.stack([np.arange(200) % 2, 1 - np.arange(200) % 2], axis=1).astype(np.float64)
+    assert len(carried(public, prior)) == len(carried(public, prior, likely=likely)) == 400
+    corpus = carried(public, prior, likely=likely, class_share=0.5)
+    halves = [carried(public.select(np.arange(200) % 2 == odd), prior) for odd in (1, 0)]
     assert np.bincount(corpus.labels).tolist() == [100, 100]
-    assert (np.abs(middle - border) > 40).tolist() == (corpus.labels == 1).tolist()
+    for kind, half in enumerate(halves):
+        assert np.array_equal(corpus.images[corpus.labels == kind], half.images[half.labels == kind])
+
+
+def test_images_carried_together_have_the_moments_of_all_classes():
+    prior, public = _prior((1.0, 1.0), 0.1), _public()
+    low, _ = SPACE.of(carried_together(public.images, prior))
+    mean = prior.shares @ prior.means
+    np.testing.assert_allclose(low.mean(axis=0), mean, atol=0.05)
+    apart = prior.means - mean
+    whole = np.einsum("k,kde->de", prior.shares, prior.covariances) + apart.T @ (prior.shares[:, None] * apart)
+    assert np.trace(np.cov(low.T)) == pytest.approx(np.trace(whole), rel=0.15)
 
 
 @pytest.mark.filterwarnings("error")
@@ -91,7 +95,8 @@ def test_any_coordinates_make_a_corpus(channels, components, symmetry):
     mean, covariance = low_moments(images, space)
     high = np.where(space.low, 0.0, 0.1)
     prior = Prior(space, np.stack([mean] * 3), np.stack([covariance] * 3), np.stack([high] * 3), np.full(3, 1 / 3))
-    corpus = carried(ImageSet(images, np.full(64, ANY_CLASS)), prior, class_share=0.5)
+    corpus = carried(ImageSet(images, np.full(64, ANY_CLASS)), prior, likely=np.zeros((64, 3)), class_share=0.5)
+    assert carried_together(images, prior).shape == images.shape
     assert corpus.images.shape == (192, channels, 16, 16)
 
 
@@ -101,7 +106,8 @@ def test_one_image_of_a_class_is_too_few_to_carry_so_the_others_stand_in():
 
 
 def test_few_public_images_are_shared_by_all_classes():
-    assert len(carried(_public(), _prior((1.0, 1.0), 0.0), class_share=0.1)) == 400, "200 are fewer than a class needs"
+    corpus = carried(_public(), _prior((1.0, 1.0), 0.0), likely=np.eye(200, 2), class_share=0.1)
+    assert len(corpus) == 400, "200 are fewer than a class needs"
 
 
 def test_a_public_class_is_carried_to_its_own_class_and_the_rest_to_any():

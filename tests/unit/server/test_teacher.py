@@ -1,0 +1,97 @@
+"""The teacher: it tells textures apart from noisy sums, and says which images are of their class."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.features import feature_sums
+from common.images import ImageSet, Units
+from common.scattering import scattering
+from server.synthesis.teacher import Teacher, view_of
+
+FEATURES = scattering(16, 1, "none")
+
+
+def _textures(count: int, seed: int) -> ImageSet:
+    """Class 0 is striped upright, class 1 across; brightness and contrast say nothing."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count)
+    wave = np.sin(np.arange(16)[None] * 2.1 + rng.uniform(0, 6, (count, 1)))
+    striped = np.where(labels[:, None, None] == 0, wave[:, None, :], wave[:, :, None]) * rng.uniform(
+        10, 60, (count, 1, 1)
+    )
+    pixels = 128 + striped + rng.normal(0, 20, (count, 16, 16)) + rng.uniform(-40, 40, (count, 1, 1))
+    return ImageSet(pixels.clip(0, 255).astype(np.uint8)[:, None], labels)
+
+
+def _teacher(noise_std: float, *, count: int = 400) -> Teacher:
+    real, rng = _textures(count, 1), np.random.default_rng(0)
+    view = view_of(_textures(300, 2).images, FEATURES, many=32, seed=0)
+    sums = feature_sums(Units.of(real, "image"), view.of(FEATURES.of(real.images)), 2).parts
+    noisy = {name: part.numpy() + noise_std * rng.standard_normal(part.shape) for name, part in sums.items()}
+    counts = np.bincount(real.labels).astype(np.float64)
+    return Teacher.fit(FEATURES, view, noisy["means"], noisy["second_moments"], counts, noise_std=noise_std)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 2.0])
+def test_it_tells_textures_apart(noise_std):
+    test = _textures(300, 3)
+    assert (_teacher(noise_std).margins(test) > 0).mean() > 0.95
+
+
+def test_with_noise_alone_it_still_gives_numbers():
+    assert np.isfinite(_teacher(1e4, count=4).scores(_textures(20, 4).images)).all()
+
+
+def test_directions_are_scaled_so_that_half_of_the_public_images_are_no_longer_than_1():
+    public = _textures(200, 5).images
+    view = view_of(public, FEATURES, many=32, seed=0)
+    lengths = np.linalg.norm(view.of(FEATURES.of(public)), axis=1)
+    assert 0.45 < (lengths <= 1).mean() < 0.55
+
+
+def test_fewer_public_images_than_directions_leave_the_rest_empty():
+    view = view_of(_textures(20, 6).images, FEATURES, many=32, seed=0)
+    assert np.isfinite(view.directions).all() and not view.directions[:, 20:].any()
+
+
+class _Said(Teacher):
+    """Its scores are an image's first pixels."""
+
+    def scores(self, images):
+        return images[:, 0, 0, : len(self.offset)].astype(np.float64)
+
+
+def _said(classes: int) -> Teacher:
+    nothing = np.zeros(0)
+    return _Said(FEATURES, view_of(_textures(20, 6).images, FEATURES, many=4, seed=0), nothing, np.zeros(classes))
+
+
+def _scored(rows: list[list[int]], labels: list[int]) -> ImageSet:
+    images = np.zeros((len(rows), 1, 16, 16), np.uint8)
+    images[:, 0, 0, : len(rows[0])] = rows
+    return ImageSet(images, np.array(labels))
+
+
+def test_images_get_the_class_that_is_likeliest_and_none_is_lost():
+    rng = np.random.default_rng(0)
+    corpus = _scored(rng.permuted(np.tile([10, 20, 30], (3000, 1)), axis=1).tolist(), [0] * 3000)
+    found = _said(3).labelled(corpus)
+    assert len(found) == 3000
+    assert np.array_equal(_said(3).scores(found.images).argmax(axis=1), found.labels)
+    assert np.bincount(found.labels).min() > 900
+
+
+def test_a_class_that_few_are_taken_for_has_those_that_most_look_like_it(monkeypatch):
+    monkeypatch.setattr("server.synthesis.teacher._FEWEST", 2)
+    found = _said(2).labelled(_scored([[9, 1], [8, 7], [9, 3], [9, 2]], [0, 0, 0, 0]))
+    assert np.bincount(found.labels).tolist() == [4, 2]
+    assert found.images[found.labels == 1][:, 0, 0, :2].tolist() == [[8, 7], [9, 3]]
+
+
+def test_of_the_candidates_those_that_agree_are_kept_as_they_come_and_then_the_least_doubtful():
+    rows = [[1, 9], [5, 4], [1, 2], [9, 1], [6, 1], [1, 3]]
+    found = _said(2).chosen(_scored(rows, [0, 0, 0, 0, 1, 1]), np.array([0, 1, 0, 0]))
+    assert found.images[:, 0, 0, :2].tolist() == [[5, 4], [1, 3], [9, 1], [1, 2]]
+    assert found.labels.tolist() == [0, 1, 0, 0]
