@@ -12,6 +12,7 @@ from client.privacy.gate import Gate, Released
 from client.privacy.places import at_places, own_places
 from client.site import Site
 from common.features import View, directions_of, feature_sums, features_of
+from common.images import Units
 from common.moments import Floats
 from common.protocol import Arrays, FeaturesReply, FeaturesRequest
 from common.study import Study
@@ -31,15 +32,15 @@ def features(site: Site, gate: Gate, request: FeaturesRequest, arrays: Arrays) -
     view = View.read(study, arrays)
     torch.set_num_threads(site.config.performance.threads)
     with gate.spend("features") as permit:
-        sums = feature_sums(site.train, _vectors(site, study, view), len(study.data.classes))
+        sums = feature_sums(site.train, vectors(site.train, study, view), len(study.data.classes))
         return permit.seal(FeaturesReply(), permit.noisy("features", sums))
 
 
-def _vectors(site: Site, study: Study, view: View) -> Floats:
+def vectors(units: Units, study: Study, view: View) -> Floats:
     """Of each image, (N, m), computed at a place of its own (`client/privacy/places.py`)."""
-    images, of, choice = site.train.images.images, features_of(study).of, np.random.default_rng()
-    vectors = np.zeros((len(images), directions_of(study)))
+    images, of, choice = units.images.images, features_of(study).of, np.random.default_rng()
+    found = np.zeros((len(images), directions_of(study)))
     for places in own_places(len(images), _AT_ONCE, choice):
         taken = places >= 0
-        vectors[places[taken]] = view.of(of(at_places(images, places)))[taken]
-    return vectors
+        found[places[taken]] = view.of(of(at_places(images, places)))[taken]
+    return found

@@ -15,12 +15,23 @@ import torch
 from scipy import stats
 
 from common.accounting import plan_study
+from common.features import View, directions_of, feature_sums, features_of
 from common.files import unpack_arrays
+from common.images import Units
 from common.metrics import l2_sensitivity, score_sum
 from common.model.classifier import BiomarkerClassifier
 from common.model.diffusion_model import space_of
 from common.moments import class_means, class_sums, spread_sums
-from common.protocol import EnrolReply, EnrolRequest, MomentsReply, MomentsRequest, ValidateReply, ValidateRequest
+from common.protocol import (
+    EnrolReply,
+    EnrolRequest,
+    FeaturesReply,
+    FeaturesRequest,
+    MomentsReply,
+    MomentsRequest,
+    ValidateReply,
+    ValidateRequest,
+)
 from support.sites import ask, open_phantom_site
 from support.studies import agreement, tiny_study
 
@@ -89,6 +100,52 @@ def test_both_parts_of_the_moments_leave_with_the_noise_of_the_whole(site, path)
             assert _is_noise_of(second, std)
     everything = _flat(first, *(arrays[name] - parts[name].numpy() for name in parts))
     assert _is_noise_of(everything, std)
+
+
+def _view(scale: float = 0.05) -> View:
+    rng, features, many = np.random.default_rng(0), features_of(STUDY).dimension, directions_of(STUDY)
+    return View(np.zeros(features, np.float32), (scale * rng.standard_normal((features, many))).astype(np.float32))
+
+
+def test_features_leave_with_the_planned_noise(site, path):
+    answer, arrays = ask(path, FeaturesRequest(agreement=agreement(STUDY)), _view().arrays())
+    assert answer.body == FeaturesReply()
+    assert (answer.spent.reserved, answer.spent.confirmed) == (1, 1)
+    exact = feature_sums(site.train, _view().of(features_of(STUDY).of(site.splits.train.images)), 2).parts
+    assert set(arrays) == set(exact)
+    assert float(exact["means"].abs().max()) > 1
+    for name, part in exact.items():
+        assert _is_noise_of(_flat(arrays[name]) - _flat(part.numpy()), plan_study(STUDY)["features"].noise_std)
+
+
+@pytest.mark.parametrize("value", [np.nan, 2e6])
+def test_directions_that_are_no_numbers_are_refused_before_anything_is_spent(path, value):
+    arrays = _view().arrays()
+    arrays["directions"][0, 0] = value
+    answer, _ = ask(path, FeaturesRequest(agreement=agreement(STUDY)), arrays)
+    assert answer.body.kind == "ReplyError"
+    assert answer.spent.reserved == 0
+
+
+def test_a_records_vector_does_not_depend_on_who_else_is_there(site):
+    """Huge directions that cancel would make much of the last bit of a sum; places are drawn, and stay (`places`)."""
+    view = _view(1e6 / 5)
+    view.directions[1::2] = -view.directions[::2][: len(view.directions[1::2])]
+    train, study = site.train, STUDY
+
+    class Drawn:
+        """The same place for the same record, whoever else is there."""
+
+        def integers(self, low, high, count):
+            return (np.arange(len(train))[-count:] * 7) % high
+
+    from client.stages import features as stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.np.random, "default_rng", Drawn)
+        whole = stage.vectors(train, study, view)
+        rest = stage.vectors(Units.of(train.images.select(np.arange(1, len(train))), "image"), study, view)
+    assert np.array_equal(whole[1:], rest)
 
 
 def test_the_squares_are_about_means_that_have_left_already(site, path, monkeypatch):

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 
 from common.errors import FederationError
+from common.features import directions_of
 from common.loss_curve import mean_loss, scale
 from common.metrics import vector_length
 from common.model.diffusion_model import initial_weights, load_model, space_of
 from common.model.weights import LARGEST_WEIGHT
-from common.protocol import EnrolReply, MomentsReply, Refusal, TrainReply, ValidateReply
+from common.protocol import EnrolReply, FeaturesReply, MomentsReply, Refusal, TrainReply, ValidateReply
 from server.checkpoints import RunFolder
 from server.federation.screening import LARGEST_COUNT
 from server.progress import Progress
 from server.session import Session
 from server.stages.enrol import enrol
+from server.stages.features import features
 from server.stages.moments import moments
 from server.stages.train import train
 from server.stages.validate import validate
@@ -213,6 +215,42 @@ def test_bad_moments_are_dropped_and_the_prior_is_that_of_the_other_sites(tmp_pa
     moments(session, None)  # a stop before the checkpoint: what the sites said is kept
     again = session.folder.last_checkpoint()
     assert again is not None and all(np.array_equal(again.weights[n], a) for n, a in state.weights.items())
+
+
+def _feature_sums(study, value=0.1, **changed):
+    classes, many = len(study.data.classes), directions_of(study)
+    return {
+        "means": np.full((classes, many), value),
+        "second_moments": np.full(many * (many + 1) // 2, value),
+        **changed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"means": np.full((2, directions_of(FEDSGD)), 1e4)}, "over the bound"), ({"means": np.zeros(2)}, "has shape"),
+     ({"second_moments": np.zeros(3, np.float32)}, "is float32"), ({"norm": np.zeros(1)}, "wrong names")],
+)  # fmt: skip
+def test_bad_features_are_dropped_and_the_teacher_is_that_of_the_other_sites(tmp_path, changed, reason):
+    said = {n: answer(n, FeaturesReply(), _feature_sums(FEDSGD)) for n in (1, 3)}
+    bad = answer(2, FeaturesReply(), _feature_sums(FEDSGD, **changed))
+    session, sites, out = _session(tmp_path, FEDSGD, {**said, 2: bad})
+    teacher = features(session)
+    assert "features: site-2 left out: " in out.getvalue() and reason in out.getvalue()
+    assert teacher is not None and teacher.weights.shape == (directions_of(FEDSGD), 2)
+    session.group = ScriptedSites({}).group
+    again = features(session)  # what the sites said is kept
+    assert again is not None and np.array_equal(again.weights, teacher.weights)
+    (session.folder.path / "checkpoints" / "features.safetensors").write_bytes(b"spoilt")
+    session.group, asked = sites.group, sites.asked[0][1][1]["directions"]
+    features(session)
+    assert np.array_equal(sites.asked[1][1][1]["directions"], asked), "the very same question: sites have its answer"
+
+
+def test_a_study_without_features_asks_for_none_and_draws_no_more_than_it_keeps(tmp_path):
+    study = tiny_study(privacy={"features_share": 0.0})
+    session, sites, _ = _session(tmp_path, study, {})
+    assert features(session) is None and not sites.asked
 
 
 def _scores(study, value=1.0, names=("synthetic", "reference")):
