@@ -30,6 +30,7 @@ LEDGER = "tests/unit/client/test_ledger.py"
 GRADIENTS = "tests/unit/client/test_gradients.py"
 ENEMY = "tests/adversary/test_hostile_coordinator.py"
 FUZZ = "tests/adversary/test_fuzzed_requests.py"
+FEATURES = "tests/unit/common/test_features.py"
 ACCOUNTING = "tests/unit/common/test_accounting.py"
 MOMENTS = "tests/unit/common/test_moments.py"
 SENSITIVITY = "tests/statistical/test_sensitivity.py"
@@ -163,6 +164,11 @@ MUTATIONS = (
        "expected_batch=0.2 * len(site.train))", GATE),
     _m("squares about the exact means", "client/stages/moments.py", 'sums.tensors["means"].numpy()',
        'class_sums(site.train, classes, space).parts["means"].numpy()', "tests/unit/client/test_stages.py"),
+    _m("directions of any size are taken", "common/features.py", 'fitting(arrays, wanted, where="features").items()',
+       "((name, torch.as_tensor(arrays[name])) for name in wanted)", FEATURES, "tests/unit/client/test_stages.py"),
+    _m("a feature vector of any length is summed", "common/features.py",
+       "math.hypot(MEANS_PART, SECOND_MOMENTS_PART), rows_of", "1e9, rows_of", FEATURES,
+       "tests/unit/client/test_stages.py"),
     # plan
     _m("a mechanism is accounted at half its rate", "common/accounting.py",
        "sample_rate=mechanism.sample_rate(study)", "sample_rate=mechanism.sample_rate(study) / 2", ACCOUNTING),

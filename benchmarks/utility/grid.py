@@ -59,7 +59,11 @@ RECIPES = {
     for entry in (
         Recipe("default", "the study file as it is"),
         Recipe("moments", "no round of training: all goes to the class moments", ("training.rounds=0",)),
-        Recipe("dp-sgd", "no moments: all goes to the rounds", ("privacy.moments_share=0",)),
+        Recipe(
+            "dp-sgd",
+            "neither moments nor features: all goes to the rounds",
+            ("privacy.moments_share=0", "privacy.features_share=0"),
+        ),
     )
 }
 # Small enough for two cores and ten minutes; what comes out shows that the path holds, and nothing about quality.

@@ -35,7 +35,7 @@ GRAM = tiny_study(  # one channel per group of the norm behind a convolution, wh
     network={"width": 8, "depths": [0], "heads": [1]}, pretrain={"source": "none"},
     training={"rounds": 6, "algorithm": "fedsgd", "local_steps": 1, "sample_rate": 0.5, "max_grad_norm": 0.1,
               "parameters": "all"},
-    privacy={"epsilon": 1.0, "moments_share": 0.0, "reference_share": 0.0, "counts_share": 0.3},
+    privacy={"epsilon": 1.0, "moments_share": 0.0, "features_share": 0.0, "reference_share": 0.0, "counts_share": 0.3},
 )  # fmt: skip
 TINY = tiny_study()
 

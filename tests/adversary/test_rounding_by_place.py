@@ -21,7 +21,7 @@ RECORDS, NORM, SIZE, WIDTH = 40, 0.1, 9, 10
 STUDY = tiny_study(
     data={"image_size": SIZE}, network={"width": WIDTH, "depths": [0], "heads": [1]},
     diffusion={"label_dropout": 0.0}, generation={"guidance": 0.0}, pretrain={"source": "none"},
-    privacy={"epsilon": 1.0, "moments_share": 0.0, "reference_share": 0.0, "counts_share": 0.3},
+    privacy={"epsilon": 1.0, "moments_share": 0.0, "features_share": 0.0, "reference_share": 0.0, "counts_share": 0.3},
     training={"rounds": 1, "algorithm": "fedsgd", "local_steps": 1, "sample_rate": 1.0, "max_grad_norm": NORM,
               "parameters": "head"},
 )  # fmt: skip

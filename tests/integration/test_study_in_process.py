@@ -133,7 +133,7 @@ def test_one_ill_typed_answer_does_not_end_the_study(tmp_path, value):
     run.grid.tamper[2] = tamper
     run.go()
     assert run.folder.last_checkpoint().rows[0].accepted == ["site-1", "site-3"]
-    assert len(answers) == 4
+    assert len(answers) == 5
     assert (run.claim().sites[1].site, run.claim().sites[1].basis) == ("site-2", "plan")
 
 
@@ -176,8 +176,10 @@ def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkp
     run.grid = InProcessGrid(run.files)
     run.go()
     assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
-    assert run.ledger(1).counts(STUDY.sha256)[0] == 2 + 2 + 2  # counts, moments, two rounds, reference, evaluation
-    assert run.ledger(2).counts(STUDY.sha256)[0] == 2 + 2 + 2
+    assert (
+        run.ledger(1).counts(STUDY.sha256)[0] == 3 + 2 + 2
+    )  # counts, features, moments, two rounds, reference, evaluation
+    assert run.ledger(2).counts(STUDY.sha256)[0] == 3 + 2 + 2
 
 
 def test_a_site_that_took_part_and_is_gone_after_a_resume_stays_in_the_claim(tmp_path, monkeypatch):
@@ -339,10 +341,10 @@ def test_moments_are_asked_once_and_their_network_is_the_checkpoint_of_round_0(t
         run.go()  # the moments are there, then it stops
     first = run.folder.last_checkpoint()
     assert first.round == 0
-    assert run.ledger(1).counts(STUDY.sha256) == (2, 2)  # counts and moments
+    assert run.ledger(1).counts(STUDY.sha256) == (3, 3)  # counts, features and moments
     monkeypatch.undo()
     run.go()
-    assert run.asked(1).count("moments") == 1
+    assert run.asked(1).count("moments") == run.asked(1).count("features") == 1
     assert [row.round for row in run.folder.last_checkpoint().rows] == [1, 2]
 
 
@@ -379,15 +381,25 @@ def _stops_after(rounds, one_round):
 def test_a_study_without_a_round_is_made_of_the_moments_alone(tmp_path):
     run = _Run(tmp_path, tiny_study(training={"rounds": 0}))
     report = run.go()
-    assert sorted(run.asked(1)) == ["counts", "evaluate", "moments", "reference"]
+    assert sorted(run.asked(1)) == ["counts", "evaluate", "features", "moments", "reference"]
     assert report.is_file()
     assert run.folder.last_checkpoint().round == 0
 
 
-def test_a_study_without_moments_asks_for_none(tmp_path):
-    run = _Run(tmp_path, tiny_study(privacy={"moments_share": 0.0}))
+def test_a_study_without_moments_and_features_asks_for_none(tmp_path):
+    run = _Run(tmp_path, tiny_study(privacy={"moments_share": 0.0, "features_share": 0.0}))
     run.go()
     assert set(run.asked(1)) == {"counts", "train", "reference", "evaluate"}
+
+
+def test_of_the_candidates_as_many_are_released_as_the_study_wants(tmp_path):
+    for share, drawn in ((0.25, 72), (0.0, 24)):
+        study = tiny_study(privacy={"features_share": share}, generation={"candidates": 3}, training={"rounds": 0})
+        run = _Run(tmp_path / str(share), study)
+        run.go()
+        files = run.folder.path.glob("checkpoints/generated-*/batch-*.npz")
+        assert sum(len(np.load(file)["labels"]) for file in files) == drawn
+        assert len(np.load(run.folder.path / "synthetic" / "synthetic.npz")["train_labels"]) == 24
 
 
 def test_bad_moments_are_dropped_and_named(tmp_path):

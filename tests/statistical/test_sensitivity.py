@@ -22,6 +22,7 @@ from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
 from common.accounting import plan_study
 from common.bounded import BoundedSum, RunningSum, joined
+from common.features import View, directions_of, feature_sums, features_of
 from common.images import ImageSet, Units
 from common.metrics import count_scores, l2_sensitivity, score_sum
 from common.moments import SPREAD_CLIP_NORM, class_counts, class_sums, coordinates, spread_sums
@@ -103,6 +104,20 @@ def test_one_unit_moves_each_sum_of_the_class_moments_by_at_most_its_share_of_th
             bounds.append(whole.bound)
     assert PLAN["moments"].steps == PLAN["moments"].sample_rate == 1  # only then do parts add up by their squares
     assert 0.99 * PLAN["moments"].sensitivity < math.hypot(*bounds) <= PLAN["moments"].sensitivity
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@given(case=cohorts(), size=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e6]))
+@settings(max_examples=60, deadline=None)
+def test_one_unit_moves_the_features_by_at_most_the_plans_sensitivity(unit, case, size):
+    features, many = features_of(STUDY), directions_of(STUDY)
+    directions = size * np.random.default_rng(0).standard_normal((features.dimension, many))
+    view = View(np.zeros(features.dimension, np.float32), directions.astype(np.float32))
+    parts = [Units.of(case[0].select(keep), unit) for keep in _adjacent(case, unit)]
+    whole, rest = (feature_sums(units, view.of(features.of(units.images.images)), CLASSES) for units in parts)
+    assert whole.bound == pytest.approx(PLAN["features"].sensitivity)
+    assert _moved(whole, rest) <= whole.bound
+    assert unit == "patient" or size < 1 or _moved(whole, rest) == pytest.approx(whole.bound)
 
 
 HOSTILE = (0.0, 0.5, 1.0, math.nan, math.inf, -1.0, 2.0, 1e-320)

@@ -76,7 +76,7 @@ class Case:
             training={"rounds": 1, "local_steps": self.steps, "sample_rate": self.sample_rate},
             pretrain={"source": "none"},
             privacy={"epsilon": self.epsilon, "delta": self.delta, "accountant": "prv", "counts_share": 0.05,
-                     "moments_share": 0.0, "reference_share": 0.0},
+                     "moments_share": 0.0, "features_share": 0.0, "reference_share": 0.0},
         ))  # fmt: skip
 
     @property
