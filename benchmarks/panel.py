@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from benchmarks.utility.fidelity import kid
 from benchmarks.utility.measure import alike
 from common.images import to_unit
+from common.model.plain_cnn import group_norm, plain_cnn
 from common.model.timm_backbones import create_backbone
 
 _STEPS, _BATCH, _RATE, _SHIFT = 300, 128, 2e-3, 2
@@ -60,13 +61,7 @@ class Pictures:
 
 def convolutions(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     """Three blocks of two 3×3 convolutions of 32, 64 and 128 channels; (features, last layer)."""
-    layers: list[nn.Module] = []
-    for inner, outer in ((channels, 32), (32, 64), (64, 128)):
-        for width in (inner, outer):
-            layers += [nn.Conv2d(width, outer, 3, padding=1), norm(outer), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
-    features = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(features, nn.Linear(128, classes))
+    return plain_cnn(channels, classes, widths=(32, 64, 128), norm=norm)
 
 
 def trained(net: nn.Module, data: Pictures, *, seed: int, steps: int = _STEPS) -> nn.Module:
@@ -117,7 +112,7 @@ def _linear(data: Pictures, classes: int, x: Tensor, seed: int) -> Scores:
 PANEL: dict[str, Callable[[Pictures, int, Tensor, int], Scores]] = {
     "logistic regression, thumbnails": _linear,
     "CNN, BatchNorm": _network(lambda data, k: convolutions(data.x.shape[1], k, nn.BatchNorm2d)),
-    "CNN, GroupNorm": _network(lambda data, k: convolutions(data.x.shape[1], k, lambda w: nn.GroupNorm(8, w))),
+    "CNN, GroupNorm": _network(lambda data, k: convolutions(data.x.shape[1], k, group_norm)),
     "small ViT": _network(lambda data, k: create_backbone(
         "test_vit3", channels=data.x.shape[1], classes=k, image_size=data.x.shape[-1])),
 }  # fmt: skip

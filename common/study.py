@@ -172,8 +172,12 @@ class GenerationConfig(Settings):
 
 
 class ValidationConfig(Settings):
-    backbone: str = Field(default="test_efficientnet_gn", max_length=80, description="a timm model name")
-    steps: int = Field(default=600, ge=1, le=1_000_000)
+    backbone: str = Field(
+        default="plain_cnn",
+        max_length=80,
+        description="plain_cnn = six convolutions with GroupNorm; or a timm model name",
+    )
+    steps: int = Field(default=300, ge=1, le=1_000_000)
     batch_size: int = Field(default=128, ge=2, le=4096)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
     bins: int = Field(default=24, ge=4, le=512, description="bins of each score histogram")

@@ -1,4 +1,4 @@
-"""Biomarker classifier networks by timm name, without BatchNorm and without any download.
+"""Biomarker classifier networks by name, without BatchNorm and without any download.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -17,7 +17,10 @@ import torch
 from torch import nn
 
 from common.errors import StudyError
+from common.model.plain_cnn import plain_cnn
 
+PLAIN = "plain_cnn"  # ours; timm's small networks are made for larger images, and see less in small ones
+_PLAIN_WIDTHS = (16, 32, 64)
 _MISSING_OP = "torchvision::nms"
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -51,15 +54,18 @@ def import_timm() -> Any:
 
 
 def create_backbone(name: str, *, channels: int, classes: int, image_size: int) -> nn.Module:
-    """A freshly initialised classifier (N, C, H, W) in [-1, 1] -> logits (N, K).
+    """A freshly initialised classifier (N, C, H, W) in [-1, 1] -> logits (N, K): `PLAIN`, or a network of timm's.
 
-    Every BatchNorm becomes a GroupNorm, because a batch statistic lets one record move another record's gradient:
-    with it there is no per-record clipping (Abadi et al. 2016, section 3). Images smaller than 28 px are first enlarged
-    by a whole factor, each pixel repeated. No weights are ever fetched; initial ones use torch's global generator.
+    In timm's, every BatchNorm becomes a GroupNorm, because a batch statistic lets one record move another record's
+    gradient: with it there is no per-record clipping (Abadi et al. 2016, section 3), and images smaller than 28 px are
+    first enlarged by a whole factor, each pixel repeated. No weights are ever fetched; initial ones use torch's global
+    generator.
 
     Raises:
         StudyError: timm does not know `name`, or the network cannot take such images.
     """
+    if name == PLAIN:
+        return plain_cnn(channels, classes, widths=_PLAIN_WIDTHS)
     timm = import_timm()
     known: list[str] = timm.list_models()
     if name not in known:

@@ -111,7 +111,9 @@ def test_a_swin_of_timm_is_refused(name):
         _refuse(net, torch.rand(4, 1, 64, 64), _entropy)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet_gn", "test_byobnet", "test_vit3", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name", ["plain_cnn", "test_efficientnet_gn", "test_byobnet", "test_vit3", "test_efficientnet"]
+)
 def test_backbones_with_the_record_in_dim_0_pass(name):
     net = create_backbone(name, channels=1, classes=2, image_size=28)
     before = {key: value.clone() for key, value in net.state_dict().items()}
