@@ -135,7 +135,7 @@ COMPOSITION = tuple(
 )  # fmt: skip
 POST_PROCESSING = (
     "carrying public images to the noisy moments, and training the network on them",
-    "choosing, by the noisy features, which public images it learns from and which of its images are kept",
+    "labelling the images that it learns from, and choosing those of its own that are kept, by noisy features if any",
     "averaging the sites' updates, and the moving average of the weights",
     "sampling the synthetic images",
     "training the classifier on the synthetic images",

@@ -244,8 +244,8 @@ class Study(Settings):
             raise ValueError('training.local_steps: must be 1 where training.algorithm is "fedsgd"')
         if self.training.rounds == 0 and self.privacy.moments_share == 0:
             raise ValueError("training.rounds: with no round and no moments nothing would be learnt")
-        if self.pretrain.class_share < 1 and self.privacy.features_share == 0:
-            raise ValueError("pretrain.class_share: below 1 needs privacy.features_share over 0")
+        if self.pretrain.class_share < 1 and 0 in (self.privacy.features_share, self.privacy.moments_share):
+            raise ValueError("pretrain.class_share: below 1 needs privacy.features_share and moments_share over 0")
         if (self.pretrain.sha256 is not None) != (self.pretrain.source == "npz"):
             raise ValueError('pretrain.sha256: goes with pretrain.source "npz", which needs path and sha256')
         if self.pretrain.path is not None and self.pretrain.source != "npz":

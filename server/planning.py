@@ -71,9 +71,14 @@ def estimate(study: Study, facts: Sequence[SiteCheck]) -> Estimate:
         trained=sent,
         pretrain_seconds=_pretrain_draws(study) * per_record / draws,
         train_seconds=per_record * batch * training.local_steps * training.rounds,
-        generate_seconds=_seconds(sample_step) / records * evaluations * study.generation.images,
+        generate_seconds=_seconds(sample_step) / records * evaluations * _drawn(study),
         megabytes=4 * (parameters + sent) * training.rounds / 1e6,
     )
+
+
+def _drawn(study: Study) -> int:
+    """Images that the network draws, those that are not kept among them."""
+    return study.generation.images * (study.generation.candidates if study.privacy.features_share > 0 else 1)
 
 
 def _pretrain_draws(study: Study) -> int:

@@ -58,7 +58,7 @@ RECIPES = {
     entry.name: entry
     for entry in (
         Recipe("default", "the study file as it is"),
-        Recipe("moments", "no round of training: all goes to the class moments", ("training.rounds=0",)),
+        Recipe("moments", "no round of training: its share goes to the class moments", ("training.rounds=0",)),
         Recipe(
             "dp-sgd",
             "neither moments nor features: all goes to the rounds",

@@ -34,8 +34,13 @@ def features(session: Session) -> Teacher | None:
     if plan is None:
         return None
     folder = session.folder.path / "checkpoints"
-    view = View.read(study, _kept(folder / "directions.safetensors", lambda: _directions(session)))
-    sums = _kept(folder / "features.safetensors", lambda: _ask(session, view))
+
+    def asked() -> Arrays:
+        arrays = _kept(folder / "directions.safetensors", lambda: _directions(session))
+        return {**_ask(session, View.read(study, arrays)), **arrays}
+
+    sums = _kept(folder / "features.safetensors", asked)  # with the directions that they are along
+    view = View.read(study, {name: sums[name] for name in ("centre", "directions")})
     return Teacher.fit(
         features_of(study), view, sums["means"], sums["second_moments"], sums["counts"],
         noise_std=float(sums["noise_std"][0]),

@@ -64,7 +64,7 @@ def _corpus(session: Session, public: ImageSet, teacher: Teacher | None) -> Imag
     """Public images with the sites' moments, and with the labels that the teacher gives them."""
     study = session.agreement.study
     if session.agreement.plan.get("moments") is None:
-        corpus = uncarried(public, len(study.data.classes))
+        corpus = uncarried(public, len(study.data.classes)) if teacher is None else public
     else:
         prior, share, likely = _prior(session, public), study.pretrain.class_share, None
         if teacher is not None and share < 1.0:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.features import SECOND_MOMENTS_PART, View, clipped, means_and_products
+from common.features import MEANS_PART, SECOND_MOMENTS_PART, View, clipped, means_and_products
 from common.images import ImageSet
 from common.moments import Floats
 from common.scattering import Scattering
@@ -24,8 +24,10 @@ from common.scattering import Scattering
 _SEEN = 3000  # public images that directions are found in
 _WHITENING = 0.125  # power of the variances that directions are divided by: 0.5 would make all of them alike
 _LEAST_STD = 0.05  # of the middle one: a feature in which public images hardly vary is not stretched without end
+_NOTHING = 1e-6  # of the largest variance: a direction in which public images do not vary is none
 _LEAST_VARIANCE = 3e-3  # of the largest
 _NOISE_FLOOR = 0.5  # of the largest eigenvalue that noise alone gives: below it a direction tells nothing
+_AT_ONCE = 512  # images whose features are in memory together
 _FEWEST = 500  # images of a class that are kept, where there are as many
 
 
@@ -36,10 +38,9 @@ def view_of(public: NDArray[np.uint8], features: Scattering, *, many: int, seed:
     centre, std = found.mean(axis=0), found.std(axis=0)
     std = np.maximum(std, max(_LEAST_STD * float(np.median(std)), 1e-6))
     apart = (found - centre) / std
-    values, vectors = np.linalg.eigh(apart @ apart.T / len(apart))  # of images: they are fewer than features
-    values, vectors = np.maximum(values[::-1][:many], 1e-9), vectors[:, ::-1][:, :many]
-    directions = apart.T @ vectors / np.sqrt(len(apart) * values) / std[:, None]
-    directions *= np.where(values > 1e-6 * values[0], (values / values[0]) ** -_WHITENING, 0.0)
+    _, sizes, axes = np.linalg.svd(apart, full_matrices=False)
+    shares = np.maximum(np.square(sizes / max(float(sizes[0]), 1e-12))[:many], 1e-12)
+    directions = axes[:many].T / std[:, None] * np.where(shares > _NOTHING, shares**-_WHITENING, 0.0)
     directions = np.pad(directions, ((0, 0), (0, many - directions.shape[1])))
     lengths = np.linalg.norm((found - centre) @ directions, axis=1)
     directions /= max(float(np.median(lengths)), 1e-12)
@@ -72,19 +73,25 @@ class Teacher:
             counts: (K,), noisy.
             noise_std: of each number in the sums.
         """
-        counts = np.maximum(counts, 1.0)
+        counts, live = np.maximum(counts, 1.0), np.abs(view.directions).max(axis=0) > 0
         each, products = means_and_products(means, second_moments, counts)
+        each, products = each[:, live], products[np.ix_(live, live)]
         within = products - (each.T * (counts / counts.sum())) @ each
         values, vectors = np.linalg.eigh(within)
         of_noise = noise_std / SECOND_MOMENTS_PART / counts.sum() * math.sqrt(2.0 * len(within))  # Wigner's semicircle
         values = np.maximum(values, max(_NOISE_FLOOR * of_noise, _LEAST_VARIANCE * values[-1], 1e-12))
-        weights = (vectors / values) @ vectors.T @ each.T
-        return cls(features, view, weights, -0.5 * np.einsum("kd,dk->k", each, weights))
+        weights = np.zeros((len(live), len(counts)))
+        weights[live] = (vectors / values) @ vectors.T @ each.T
+        lengths = np.einsum("kd,dk->k", each, weights[live])
+        # A noisy mean is longer than the true one, most of all that of a rare class, which would never be likeliest.
+        lengths -= np.square(noise_std / MEANS_PART / counts) * (1.0 / values).sum()
+        return cls(features, view, weights, -0.5 * lengths)
 
     def scores(self, images: NDArray[np.uint8]) -> Floats:
         """Log-likelihood of each class but for what all classes share, (N, K)."""
-        scores: Floats = clipped(self.view.of(self.features.of(images))) @ self.weights + self.offset
-        return scores
+        parts = [images[at : at + _AT_ONCE] for at in range(0, len(images), _AT_ONCE)]
+        vectors = [clipped(self.view.of(self.features.of(part))) for part in parts]
+        return np.concatenate(vectors) @ self.weights + self.offset
 
     def margins(self, images: ImageSet) -> Floats:
         """By how much an image's own class is likelier than the likeliest other, (N,): over 0 where it agrees."""
@@ -104,7 +111,7 @@ class Teacher:
         for kind in range(scores.shape[1]):
             doubt = np.delete(scores, kind, axis=1).max(axis=1) - scores[:, kind]
             many = max(int((likeliest == kind).sum()), min(_FEWEST, len(corpus)))
-            rows.append(np.argsort(doubt, kind="stable")[:many])
+            rows.append(np.sort(np.argsort(doubt, kind="stable")[:many]))
             labels.append(np.full(many, kind, dtype=np.int64))
         return ImageSet(corpus.images[np.concatenate(rows)], np.concatenate(labels))
 

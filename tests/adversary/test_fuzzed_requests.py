@@ -18,6 +18,7 @@ from client.site import Site, load_site_config
 from common.model.diffusion_model import initial_weights
 from common.protocol import (
     EnrolRequest,
+    FeaturesRequest,
     MomentsRequest,
     Refusal,
     TrainRequest,
@@ -43,6 +44,7 @@ def _requests() -> list[bytes]:
     return [
         encode(EnrolRequest(agreement=agreed)),
         encode(MomentsRequest(agreement=agreed, counts=(30.0, 30.0))),
+        encode(FeaturesRequest(agreement=agreed), {"centre": np.zeros(3, np.float32), "directions": np.ones((3, 2))}),
         encode(TrainRequest(agreement=agreed, round=1, expected_batch=12.0), weights),
         encode(ValidateRequest(agreement=agreed, expected_reference_batch=6.0), {"a": np.zeros(3, np.float32)}),
     ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
+from client.stages.features import vectors
 from common.accounting import plan_study
 from common.features import View, directions_of, feature_sums, features_of
 from common.files import unpack_arrays
@@ -127,25 +128,29 @@ def test_directions_that_are_no_numbers_are_refused_before_anything_is_spent(pat
     assert answer.spent.reserved == 0
 
 
-def test_a_records_vector_does_not_depend_on_who_else_is_there(site):
-    """Huge directions that cancel would make much of the last bit of a sum; places are drawn, and stay (`places`)."""
-    view = _view(1e6 / 5)
-    view.directions[1::2] = -view.directions[::2][: len(view.directions[1::2])]
-    train, study = site.train, STUDY
+def test_a_records_vector_does_not_depend_on_who_else_is_there(site, monkeypatch):
+    """With features that show the place in a batch and its size: places are drawn, and stay (`places`)."""
+
+    class ByPlace:
+        def of(self, images):
+            rows = np.zeros((len(images), features_of(STUDY).dimension), np.float32)
+            rows[:, 0], rows[:, 1] = np.arange(len(images)), len(images)
+            return rows
 
     class Drawn:
         """The same place for the same record, whoever else is there."""
 
         def integers(self, low, high, count):
-            return (np.arange(len(train))[-count:] * 7) % high
+            return (np.arange(len(site.train))[-count:] * 7) % high
 
-    from client.stages import features as stage
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.np.random, "default_rng", Drawn)
-        whole = stage.vectors(train, study, view)
-        rest = stage.vectors(Units.of(train.images.select(np.arange(1, len(train))), "image"), study, view)
-    assert np.array_equal(whole[1:], rest)
+    monkeypatch.setattr("client.stages.features.features_of", lambda _: ByPlace())
+    monkeypatch.setattr(np.random, "default_rng", Drawn)
+    view = View(np.zeros(features_of(STUDY).dimension, np.float32),
+                np.eye(features_of(STUDY).dimension, directions_of(STUDY), dtype=np.float32))  # fmt: skip
+    whole = vectors(site.train, STUDY, view)
+    left = site.train.images.select(np.arange(1, len(site.train)))
+    assert np.array_equal(vectors(Units.of(left, "image"), STUDY, view), whole[1:])
+    assert len(np.unique(whole[:, 0])) > 20 and len(np.unique(whole[:, 1])) == 1
 
 
 def test_the_squares_are_about_means_that_have_left_already(site, path, monkeypatch):

@@ -105,6 +105,7 @@ def test_a_study_that_would_learn_nothing_or_draw_what_cannot_be_drawn_is_refuse
         ({"pretrain": {"source": "none"}}, "pretrain.source"),
         ({"pretrain": {"source": "none"}, "privacy": {"moments_share": 0.0}}, "pretrain.source"),
         ({"pretrain": {"class_share": 0.5}, "privacy": {"features_share": 0.0}}, "pretrain.class_share"),
+        ({"pretrain": {"class_share": 0.5}, "privacy": {"moments_share": 0.0}}, "pretrain.class_share"),
     ):  # fmt: skip
         with pytest.raises(StudyError, match=field):
             tiny_study(**sections)

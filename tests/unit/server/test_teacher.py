@@ -40,6 +40,32 @@ def test_it_tells_textures_apart(noise_std):
     assert (_teacher(noise_std).margins(test) > 0).mean() > 0.95
 
 
+def test_noise_does_not_hide_a_rare_class():
+    """Nine of ten are of class 0; the noisy mean of the tenth is longer than the true one, and must not count so."""
+    real, rng = _textures(2000, 7), np.random.default_rng(0)
+    real = real.select(
+        np.sort(np.concatenate([np.flatnonzero(real.labels == 0), np.flatnonzero(real.labels == 1)[:100]]))
+    )
+    view = view_of(_textures(300, 2).images, FEATURES, many=64, seed=0)
+    sums = feature_sums(Units.of(real, "image"), view.of(FEATURES.of(real.images)), 2).parts
+    counts, test = np.bincount(real.labels).astype(np.float64), _textures(400, 8)
+    recalls = []
+    for _ in range(5):
+        noisy = {name: part.numpy() + 4.0 * rng.standard_normal(part.shape) for name, part in sums.items()}
+        teacher = Teacher.fit(FEATURES, view, noisy["means"], noisy["second_moments"], counts, noise_std=4.0)
+        agreed = teacher.margins(test) > 0
+        recalls.append([agreed[test.labels == kind].mean() for kind in (0, 1)])
+    common, rare = np.mean(recalls, axis=0)
+    assert rare > 0.8 and common > 0.8, (common, rare)
+
+
+def test_scores_do_not_depend_on_the_block(monkeypatch):
+    teacher, test = _teacher(1.0), _textures(50, 9)
+    whole = teacher.scores(test.images)
+    monkeypatch.setattr("server.synthesis.teacher._AT_ONCE", 7)
+    np.testing.assert_allclose(teacher.scores(test.images), whole, atol=1e-4)
+
+
 def test_with_noise_alone_it_still_gives_numbers():
     assert np.isfinite(_teacher(1e4, count=4).scores(_textures(20, 4).images)).all()
 
