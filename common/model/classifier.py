@@ -50,7 +50,9 @@ class BiomarkerClassifier:
         symmetry: Symmetry = "none",
         progress: Callable[[int, int], None] | None = None,
     ) -> BiomarkerClassifier:
-        """Train without privacy: AdamW, warm-up and cosine, every class drawn equally often. Same seed, same network.
+        """Train without privacy: AdamW, warm-up and cosine, every class drawn equally often.
+
+        The same seed gives the same network on one thread; with more, a busy machine may split a sum otherwise.
 
         Args:
             images: at least one image; a class without images is simply never drawn.

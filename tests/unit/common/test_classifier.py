@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -62,8 +63,12 @@ def test_images_are_changed_only_in_the_ways_that_mean_nothing(symmetry, ways):
 
 
 @pytest.fixture(scope="module")
-def trained() -> BiomarkerClassifier:
-    return BiomarkerClassifier.fit(easy(120, seed=0), **SIZES, config=CONFIG, seed=1)
+def trained() -> Iterator[BiomarkerClassifier]:
+    """On one thread: with more, a busy machine splits sums otherwise from one run to the next."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield BiomarkerClassifier.fit(easy(120, seed=0), **SIZES, config=CONFIG, seed=1)
+    torch.set_num_threads(threads)
 
 
 def test_training_beats_chance_on_a_rare_class(trained: BiomarkerClassifier) -> None:
