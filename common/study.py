@@ -166,7 +166,7 @@ class GenerationConfig(Settings):
     sampler: Literal["dpm-solver++", "heun", "ancestral"] = "dpm-solver++"
     steps: int = Field(default=18, ge=2, le=4000)
     guidance: float = Field(
-        default=1.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
+        default=0.0, ge=0, le=20, description="classifier-free guidance weight; 0 = conditional only"
     )
     batch_size: int = Field(default=100, ge=1, le=4096)
 
