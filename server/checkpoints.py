@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,6 +132,16 @@ class RunFolder:
             except ValueError:
                 continue
         return whole
+
+    def made_once(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """Arrays that were made and kept before; where there are none, or they are spoilt, what `make` gives, kept."""
+        file = self.path / "checkpoints" / f"{name}.safetensors"
+        try:
+            return unpack_arrays(file.read_bytes(), where=str(file))
+        except (OSError, CheckpointError):  # of an answer, sites have the same in their stores
+            arrays = make()
+            atomic_write(file, pack_arrays(arrays))
+            return arrays
 
     def result(self, stage: str) -> Any | None:
         """The kept result of a stage, or None when it is not done."""

@@ -5,13 +5,17 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.errors import FederationError
-from common.protocol import Agreement
+from common.protocol import Agreement, Arrays
 from server.checkpoints import RunFolder
 from server.federation.collect import B, Collected, Screen, collect
 from server.federation.members import Member
+from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.federation.sites import Requests, SiteGroup
 from server.progress import Progress
 
@@ -52,3 +56,34 @@ class Session:
                 remedy="Put the sites right, then `synthward run --resume RUN`; nothing that was saved is lost.",
             )  # fmt: skip
         return collected
+
+    def ask_sums(self, step: str, requests: Requests, body: type[B], shapes: Shapes) -> Arrays:
+        """Noisy sums of all sites that answer the one question of a mechanism of the train partition.
+
+        Args:
+            step: the mechanism's name.
+            requests, body: as in `collect`.
+            shapes: of the sums, float64.
+
+        Returns:
+            The sums by name, with "counts" (K,), the sites' noisy ones, and "noise_std" (1,), the noise of each number.
+
+        Raises:
+            FederationError: as `ask` does.
+        """
+        plan, counts_std = self.agreement.plan[step], self.agreement.plan["counts"].noise_std
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+
+        def screen(node: int, _body: B, arrays: Arrays) -> None:
+            screen_arrays(arrays, expected=shapes, dtype="float64")
+            units = most_units(self.members[node].counts, counts_std)
+            largest = largest_sum_norm(
+                units=units, sensitivity=plan.sensitivity, noise_std=plan.noise_std, numbers=numbers
+            )
+            screen_norm(arrays, largest=largest, what="sums")
+
+        self.progress.stage(step, f"asking {len(self.members)} sites for private class {step}")
+        accepted = self.ask(step, requests, body, screen).accepted
+        counts = np.sum([np.maximum(self.members[answer.node].counts, 1.0) for answer in accepted], axis=0)
+        total = {name: np.sum([answer.arrays[name] for answer in accepted], axis=0) for name in shapes}
+        return {**total, "counts": counts, "noise_std": np.array([math.sqrt(len(accepted)) * plan.noise_std])}

@@ -5,19 +5,13 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
-from common.errors import CheckpointError
-from common.files import atomic_write, pack_arrays, unpack_arrays
 from common.images import ImageSet
 from common.model.diffusion_model import initial_weights, space_of
 from common.prior import Prior
 from common.protocol import Arrays, MomentsReply, MomentsRequest
 from common.study import Study
 from server.checkpoints import Checkpoint
-from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
+from server.federation.screening import Shapes
 from server.session import Session
 from server.synthesis.corpus import carried, carried_together, low_moments, uncarried
 from server.synthesis.pretrain import pretrained
@@ -75,12 +69,7 @@ def _corpus(session: Session, public: ImageSet, teacher: Teacher | None) -> Imag
 
 def _prior(session: Session, public: ImageSet) -> Prior:
     """From the sums of all sites that answer; asked once and kept, so that a resumed run has the very same corpus."""
-    file = session.folder.path / "checkpoints" / "moments.safetensors"
-    try:
-        sums = unpack_arrays(file.read_bytes(), where=str(file))
-    except (OSError, CheckpointError):  # none, or spoilt: sites answer the same question from their stores
-        sums = _ask(session)
-        atomic_write(file, pack_arrays(sums))
+    sums = session.folder.made_once("moments", lambda: _ask(session))
     space = space_of(session.agreement.study)
     mean, covariance = low_moments(public.images, space)
     return Prior.fit(
@@ -90,27 +79,11 @@ def _prior(session: Session, public: ImageSet) -> Prior:
 
 
 def _ask(session: Session) -> Arrays:
-    """The sums of all sites that answer, with "counts" (K,) and "noise_std" (1,), the noise of each number."""
-    study, plan = session.agreement.study, session.agreement.plan["moments"]
-    counts_std = session.agreement.plan["counts"].noise_std
-    shapes = _shapes(study)
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-
-    def screen(node: int, _body: MomentsReply, arrays: Arrays) -> None:
-        screen_arrays(arrays, expected=shapes, dtype="float64")
-        units = most_units(session.members[node].counts, counts_std)
-        largest = largest_sum_norm(units=units, sensitivity=plan.sensitivity, noise_std=plan.noise_std, numbers=numbers)
-        screen_norm(arrays, largest=largest, what="sums")
-
-    session.progress.stage("moments", f"asking {len(session.members)} sites for private class moments")
     requests = {
         node: (MomentsRequest(agreement=session.agreement, counts=tuple(member.counts)), {})
         for node, member in session.members.items()
     }
-    collected = session.ask("moments", requests, MomentsReply, screen)
-    counts = np.sum([np.maximum(session.members[a.node].counts, 1.0) for a in collected.accepted], axis=0)
-    total = {name: np.sum([answer.arrays[name] for answer in collected.accepted], axis=0) for name in shapes}
-    return {**total, "counts": counts, "noise_std": np.array([math.sqrt(len(collected.accepted)) * plan.noise_std])}
+    return session.ask_sums("moments", requests, MomentsReply, _shapes(session.agreement.study))
 
 
 def _shapes(study: Study) -> Shapes:

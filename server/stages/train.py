@@ -40,9 +40,8 @@ def train(session: Session) -> Checkpoint:
     if state is None:
         weights = initial_weights(study)
         state = Checkpoint(0, weights, {name: array.copy() for name, array in weights.items()})
-    if (
-        rounds == 0 or session.folder.result("train") is not None
-    ):  # ended before, early or not: images may be drawn of it
+    ended = session.folder.result("train") is not None  # early or not: images may have been drawn of it
+    if rounds == 0 or ended:
         return state
     text = f"round {state.round + 1} of {rounds}" if kept else f"{rounds} rounds"
     session.progress.stage("train", text, done=state.round)
