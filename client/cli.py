@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.commands import run
+from common.commands import Stopped, run
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
     from client.privacy.ledger import Ledger
@@ -216,7 +216,7 @@ def page(
     print(f"http://{HOST}:{http.server_address[1]}/  (Ctrl-C ends it)", flush=True)
     try:
         http.serve_forever()
-    except KeyboardInterrupt:
+    except Stopped:
         print("stopped")
     finally:
         http.server_close()

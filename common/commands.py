@@ -1,39 +1,70 @@
-"""How both commands end: an error is one line on standard error and its exit code, never a trace.
+"""How both commands end: an error or a signal is one line on standard error and its exit code, never a trace.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
+from types import FrameType
 
 import typer
 
 from common.errors import SynthwardError
 
 
+class Stopped(BaseException):
+    """The command was told to stop: Ctrl-C, SIGTERM, or the terminal was closed.
+
+    No KeyboardInterrupt, which typer would take for its own, and end with exit code 0.
+
+    Args:
+        number: of the signal; the exit code is 128 more.
+        advice: what to say in place of the command's usual line; empty for that.
+    """
+
+    def __init__(self, number: int, advice: str = "") -> None:
+        super().__init__(number, advice)
+        self.number, self.advice = number, advice
+
+
 def run(app: typer.Typer, *, interrupted: str) -> None:
     """Run a command line.
 
     Args:
-        interrupted: what to say after Ctrl-C (exit code 130).
+        interrupted: what to say after Ctrl-C (exit code 130), SIGTERM (143) or SIGHUP (129).
 
     Raises:
         SystemExit: with the error's exit code; 2 for a command line that cannot be read.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     try:
         app(standalone_mode=False)
     except SynthwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except (KeyboardInterrupt, typer.Abort):
-        print(interrupted, file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(f"error: {error}", error.exit_code)
+    except Stopped as stop:
+        _end(stop.advice or interrupted, 128 + stop.number)
     except (
         Exception
     ) as error:  # typer's own complaint about the command line; anything else is a defect: keep its trace
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        print(f"error: {show()}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"error: {show()}", 2)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Raise `Stopped`, once: what has to be ended then is not cut off by a second signal."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _end(line: str, code: int) -> None:
+    with suppress(OSError):  # the terminal is gone
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.commands import run as run_command
-from common.errors import StudyError
+from common.errors import StudyError, SynthwardError
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
     from common.accounting import StudyPlan
@@ -198,18 +198,27 @@ def _go_on(path: Path) -> None:
 
 
 def _simulate(path: Path) -> None:
+    import shlex
+
+    from common.commands import Stopped
     from server.checkpoints import RunFolder
-    from server.launch import simulate
     from server.planning import summary
+    from server.simulation import simulate
 
     print(f"run folder: {path}", file=sys.stderr, flush=True)
-    simulate(RunFolder.open(path))
+    go_on = f"synthward run --resume {shlex.quote(str(path))}"
+    try:
+        simulate(RunFolder.open(path))
+    except SynthwardError as error:
+        raise type(error)(error.what, where=error.where, remedy=f"{error.remedy} Then: {go_on}".strip()) from error
+    except Stopped as stop:
+        raise Stopped(stop.number, f"interrupted; nothing that was finished is lost. Go on with: {go_on}") from None
     print(summary(RunFolder.open(path)))
 
 
 def main() -> None:
     """Entry point."""
-    run_command(app, interrupted="interrupted: go on with `synthward run --resume RUN`")
+    run_command(app, interrupted="interrupted: nothing was begun")
 
 
 if __name__ == "__main__":

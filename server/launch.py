@@ -1,33 +1,26 @@
-"""One study on one machine: simulated sites under Flower's own engine, with the same two apps as a deployment.
+"""The simulated sites of a run: their site files, and what their own command says before anything begins.
 
 SPDX-License-Identifier: Apache-2.0
 
-The apps are loaded by their names, as Flower does: no file of `server` imports `client` (docs/adr/0001).
+A site's command is another program, as in a deployment: no file of `server` imports `client` (docs/adr/0001).
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict
 
-from common.errors import DataError, FederationError, SynthwardError
+from common.errors import DataError
 from common.files import atomic_write
 from common.study import Study
-from server.checkpoints import RunFolder
 
-SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"  # as in pyproject.toml; a test holds them together
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0",
@@ -75,7 +68,7 @@ def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path
                 "max_study_delta": privacy.delta, "accountant": privacy.accountant, "min_units": 2,
                 "unit": "image" if privacy.unit == "image" else "patient where known",
             },
-            "performance": {"threads": max(1, _cores() // _at_once(simulation.sites))},
+            "performance": {"threads": max(1, cores() // at_once(simulation.sites))},
         }  # fmt: skip
         path = folder / f"{name}.toml"
         atomic_write(path, f"# A simulated site, written by `synthward run`\n{tomli_w.dumps(site)}".encode())
@@ -106,87 +99,6 @@ def approve(study_file: Path, sites: list[Path]) -> list[SiteCheck]:
     return [SiteCheck.model_validate(row) for row in json.loads(output)]
 
 
-def simulate(folder: RunFolder) -> None:
-    """Run the study of `folder`: its simulated sites in processes of their own, Flower's engine in this one.
-
-    Raises:
-        SynthwardError: as the pipeline raises them.
-        FederationError: the engine itself failed.
-    """
-    path = [entry for entry in sys.path if entry]  # the other processes see the same packages as this one
-    os.environ |= {**_QUIET, "SYNTHWARD_RUN": str(folder.path.resolve()), "PYTHONPATH": os.pathsep.join(path)}
-    with tempfile.TemporaryDirectory(prefix="sw-") as sockets, _site_processes(_sites(folder), Path(sockets)):
-        os.environ["SYNTHWARD_SOCKETS"] = sockets
-        _simulate(folder)
-
-
-def _simulate(folder: RunFolder) -> None:
-    from flwr.simulation import run_simulation
-
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    sites, cores = _sites(folder), _cores()
-    try:
-        run_simulation(
-            server_app=_load(SERVER_APP), client_app=_load(CLIENT_APP), num_supernodes=len(sites),
-            # A worker for each process of sites: it only carries bytes, since the work is done there.
-            backend_config={
-                "client_resources": {"num_cpus": cores // _at_once(len(sites)), "num_gpus": 0.0},
-                "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False,
-                              "logging_level": "ERROR"},
-            },
-        )  # fmt: skip
-    except SynthwardError:
-        raise
-    except RuntimeError as error:
-        raise FederationError(
-            f"the simulation engine failed ({error})", remedy=f"Go on with `synthward run --resume {folder.path}`."
-        ) from error
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
-def _at_once(sites: int) -> int:
-    """How many simulated sites work at the same time: as many as there are cores, each with its share of them."""
-    return min(sites, _cores())
-
-
-@contextmanager
-def _site_processes(sites: list[Path], sockets: Path) -> Iterator[None]:
-    """`synthward-site serve` for all simulated sites, dealt to processes; they end with this one, however it ends."""
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(_site_process(sites[number :: _at_once(len(sites))], sockets, number))
-            for number in range(_at_once(len(sites)))
-        ]
-        for wait_until_ready in started:
-            wait_until_ready()
-        yield
-
-
-@contextmanager
-def _site_process(sites: list[Path], sockets: Path, number: int) -> Iterator[Callable[[], None]]:
-    """One of them, starting; what it gives waits until it is ready."""
-    command = [sys.executable, "-m", "client.cli", "serve", "--while-stdin", "--sockets", str(sockets)]
-    command += map(str, sites)
-    with (sockets / f"log-{number}").open("w+") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-
-        def wait_until_ready() -> None:
-            assert process.stdout is not None
-            if not process.stdout.readline().startswith("ready"):
-                process.wait()
-                log.seek(0)
-                lines = log.read().strip().splitlines() or ["the sites' process did not start"]
-                raise DataError(lines[-1].removeprefix("error: "))
-
-        try:
-            yield wait_until_ready
-        finally:
-            process.communicate()
-
-
 def _site_command(*arguments: str) -> str:
     """Standard output of a `synthward-site` command.
 
@@ -194,17 +106,28 @@ def _site_command(*arguments: str) -> str:
         DataError: with the command's own one-line reason.
     """
     command = [sys.executable, "-m", "client.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_QUIET})
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if result.returncode != 0:
         line = (result.stderr.strip().splitlines() or [f"synthward-site {arguments[0]} failed"])[-1]
         raise DataError(line.removeprefix("error: "))
     return result.stdout
 
 
-def _sites(folder: RunFolder) -> list[Path]:
-    return sorted((folder.path / "sites").glob("site-*.toml"), key=lambda path: int(path.stem.partition("-")[2]))
+def cores() -> int:
+    return os.cpu_count() or 1
 
 
-def _load(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def at_once(sites: int) -> int:
+    """How many simulated sites work at the same time: as many as there are cores, each with its share of them."""
+    return min(sites, cores())
+
+
+def environment() -> dict[str, str]:
+    """For the other processes: the same packages as this one, and nothing that lies in the working folder."""
+    packages = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+    return {**os.environ, **_QUIET, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1"}
+
+
+def site_files(run: Path) -> list[Path]:
+    """The site files of a run's simulated sites, by their numbers."""
+    return sorted((run / "sites").glob("site-*.toml"), key=lambda path: int(path.stem.partition("-")[2]))

@@ -108,7 +108,7 @@ def test_the_changelog_has_the_projects_version_on_top():
 
 
 def test_the_launcher_loads_the_apps_that_flower_is_told_of():
-    from server.launch import CLIENT_APP, SERVER_APP
+    from server.engine import CLIENT_APP, SERVER_APP
 
     components = PROJECT["tool"]["flwr"]["app"]["components"]
     assert (components["serverapp"], components["clientapp"]) == (SERVER_APP, CLIENT_APP)

@@ -1,0 +1,212 @@
+"""One study on one machine: processes of simulated sites and one of Flower's engine, watched and ended together.
+
+SPDX-License-Identifier: Apache-2.0
+
+The same two apps run as in a deployment. Whatever ends one of the processes ends the run within seconds, in one line
+that says how to go on; nothing is lost by it, since every stage keeps what it has (`server/checkpoints.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from common import errors
+from common.errors import DataError, FederationError, StorageError, SynthwardError
+from common.files import read_json
+from server.checkpoints import RunFolder
+from server.engine import OUTCOME
+from server.launch import at_once, environment, site_files
+
+LOG = "engine.log"
+_LONGEST_BASE = 27  # characters of the folder for sockets: a socket's whole path may have 107, and Ray adds 80
+_LOOK_SECONDS, _GRACE_SECONDS = 0.2, 3.0
+_LONGEST_WORDS = 200
+
+
+def simulate(folder: RunFolder) -> None:
+    """Run the study of `folder` to its release.
+
+    Raises:
+        SynthwardError: as the pipeline raises them.
+        FederationError: the engine or a process of sites ended, with its own last words.
+        Stopped: we were told to stop. By then every process that was started here is gone.
+    """
+    run, sites = folder.path.resolve(), site_files(folder.path)
+    with _machine(run) as machine, _site_processes(machine, sites) as serving:
+        with _engine(machine, run, len(sites)) as engine:
+            _watch(engine, serving)
+        _pass_on(machine, engine)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What the other processes are started with.
+
+    Attributes:
+        scratch: folder for sockets, of a short path without blanks.
+        python: the interpreter, by such a path.
+    """
+
+    scratch: Path
+    python: str
+    environment: dict[str, str]
+
+    @contextmanager
+    def started(self, name: str, arguments: list[str], log: Path, *, stdout: TextIO | int) -> Iterator[_Process]:
+        """A process that ends when the block ends, or this process does; signals of the terminal do not reach it."""
+        with log.open("w") as errors:
+            popen = subprocess.Popen(
+                [self.python, "-m", *arguments], stdin=subprocess.PIPE, stdout=stdout, stderr=errors, text=True,
+                start_new_session=True, env=self.environment,
+            )  # fmt: skip
+            process = _Process(name, popen, log)
+            try:
+                yield process
+            finally:
+                process.end()
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A process that was started here.
+
+    Attributes:
+        name: what it is called in messages.
+        log: what it writes to standard error.
+    """
+
+    name: str
+    popen: subprocess.Popen[str]
+    log: Path
+
+    def last_words(self) -> str:
+        """The last line of its log, and how it ended."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        code = self.popen.returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        said = "".join(c if c.isprintable() else " " for c in (lines or [""])[-1])[:_LONGEST_WORDS]
+        return f"{how}: {said}" if said else how
+
+    def end(self) -> None:
+        """End it at once: it can be killed at any moment without losing anything."""
+        below = list[psutil.Process]()
+        with suppress(psutil.Error):
+            below = psutil.Process(self.popen.pid).children(recursive=True)
+        self.popen.kill()  # first, or it would tell at length what becomes of them
+        _kill(below)
+        with suppress(OSError):
+            self.popen.communicate()
+
+
+def _watch(engine: _Process, serving: list[_Process]) -> None:
+    """Wait for the engine's end, while every process of sites lives."""
+    while engine.popen.poll() is None:
+        for process in serving:
+            if process.popen.poll() is not None:
+                raise FederationError(f"{process.name} ended ({process.last_words()})")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _pass_on(machine: _Machine, engine: _Process) -> None:
+    """Raise the error that the engine's process ended with, if there was one."""
+    outcome = machine.scratch / OUTCOME
+    if not outcome.exists():
+        raise FederationError(f"the simulation engine ended ({engine.last_words()})", where=str(engine.log))
+    told = read_json(outcome)
+    if told:
+        kind: type[SynthwardError] = getattr(errors, told.pop("kind"))
+        raise kind(told.pop("what"), **told)
+
+
+@contextmanager
+def _engine(machine: _Machine, run: Path, sites: int) -> Iterator[_Process]:
+    """`server/engine.py`, which shows its progress where this process has its messages."""
+    words = ["server.engine", str(run), str(sites), str(at_once(sites)), str(machine.scratch)]
+    with machine.started("the simulation engine", words, run / LOG, stdout=sys.stderr) as process:
+        yield process
+
+
+@contextmanager
+def _site_processes(machine: _Machine, sites: list[Path]) -> Iterator[list[_Process]]:
+    """`synthward-site serve` for all simulated sites, dealt to processes, which are ready."""
+    many = at_once(len(sites))
+    with ExitStack() as stack:
+        started = list[_Process]()
+        for number in range(many):
+            mine = sites[number::many]
+            words = ["client.cli", "serve", "--while-stdin", "--sockets", str(machine.scratch), *map(str, mine)]
+            name, log = f"the process of {' and '.join(path.stem for path in mine)}", machine.scratch / f"log-{number}"
+            started.append(stack.enter_context(machine.started(name, words, log, stdout=subprocess.PIPE)))
+        for process in started:
+            assert process.popen.stdout is not None
+            if not process.popen.stdout.readline().startswith("ready"):
+                process.popen.wait()
+                words = process.last_words()
+                raise DataError(words.partition("error: ")[2] or f"{process.name} did not start ({words})")
+        yield started
+
+
+@contextmanager
+def _machine(run: Path) -> Iterator[_Machine]:
+    """The sockets' folder and all that goes with it; at the end no process that was started with it is left."""
+    scratch = _scratch(run)
+    try:
+        variables = {"SYNTHWARD_RUN": str(run), "SYNTHWARD_SOCKETS": str(scratch), "TMPDIR": str(scratch)}
+        yield _Machine(scratch, _python(scratch), environment() | variables)
+    finally:
+        _sweep(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(scratch: Path) -> None:
+    """End what is left of the engine: its daemons outlive a parent that dies."""
+    left = list[psutil.Process]()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get("SYNTHWARD_SOCKETS") == str(scratch):
+                left.append(process)
+    _kill(left)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_GRACE_SECONDS)
+
+
+def _scratch(run: Path) -> Path:
+    """A new folder of a short path without blanks, on a disk of this machine.
+
+    Raises:
+        StorageError: there is no place for one.
+    """
+    for base in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm", str(run)):
+        if len(base) <= _LONGEST_BASE and not any(c.isspace() for c in base):
+            with suppress(OSError):
+                return Path(tempfile.mkdtemp(prefix="sw-", dir=base))
+    raise StorageError(
+        "no folder for sockets: neither it nor /tmp, /var/tmp and /dev/shm can be used", where="TMPDIR",
+        remedy=f"Set TMPDIR to a folder whose path has no blanks and at most {_LONGEST_BASE} characters.",
+    )  # fmt: skip
+
+
+def _python(scratch: Path) -> str:
+    """This interpreter, by a path without blanks: Ray cannot start its workers by one that has any."""
+    if not any(c.isspace() for c in sys.executable):
+        return sys.executable
+    environment = scratch / "environment"
+    environment.symlink_to(sys.prefix)
+    return str(environment / Path(sys.executable).relative_to(sys.prefix))

@@ -1,0 +1,170 @@
+"""A run that is stopped, or one of whose processes dies, ends within seconds, says how to go on, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.release.bundle import verify_checksums
+from support.paths import REPOSITORY
+from support.studies import tiny_toml
+
+BEGUN = "train     1/"
+
+
+class _Started:
+    """`synthward run` of a tiny study with many rounds, under way in its first ones."""
+
+    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, **environment):
+        (folder / "tiny.toml").write_text(tiny_toml())
+        self.folder, self.log = folder, folder / "log"
+        command = [python, "-P", "-m", "server.cli", "run", "tiny.toml", "--out", "my runs"]
+        command += ["--set", "training.rounds=60"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+            )  # fmt: skip
+        deadline = time.monotonic() + 240
+        while until not in self.text:
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.1)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def run(self) -> Path:
+        (run,) = (self.folder / "my runs").iterdir()
+        return run
+
+    def one(self, words: str) -> psutil.Process:
+        return next(process for process in self.family if words in " ".join([process.name(), *process.cmdline()]))
+
+    def ended(self, *, within: float) -> str:
+        """The last line, once all is over."""
+        self.process.wait(within)
+        assert psutil.wait_procs(self.family, timeout=within)[1] == []
+        assert "Traceback" not in self.text
+        return self.text.splitlines()[-1]
+
+    def end(self) -> None:
+        for process in self.family:
+            if process.is_running():
+                process.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def started(tmp_path):
+    runs = []
+
+    def start(folder=tmp_path, **changes):
+        runs.append(_Started(folder, **changes))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+
+
+def test_ctrl_c_ends_a_run_and_the_printed_command_goes_on_with_it(started):
+    run = started()
+    os.killpg(run.process.pid, signal.SIGINT)
+    line = run.ended(within=10)
+    assert run.process.returncode == 130
+    words = shlex.split(line.partition("Go on with: ")[2])
+    assert words[:3] == ["synthward", "run", "--resume"] and (run.folder / words[3]).samefile(run.run)
+    assert not (run.run / "SHA256SUMS").exists()
+    again = [sys.executable, "-P", "-m", "server.cli", *words[1:], "--set", "x=1"]  # the words are read, nothing runs
+    said = subprocess.run(again, cwd=run.folder, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
+    assert "a resumed run keeps its study" in said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_end_it_as_well(started, number, code):
+    run = started()
+    os.kill(run.process.pid, number)
+    assert "Go on with: synthward run --resume" in run.ended(within=10)
+    assert run.process.returncode == code
+
+
+@pytest.mark.slow
+def test_it_ends_while_sites_still_approve(started):
+    run = started(until="trying what the study names")
+    time.sleep(3.0)
+    run.family = psutil.Process(run.process.pid).children(recursive=True)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.ended(within=10) == "interrupted: nothing was begun"
+    assert run.process.returncode == 143
+    assert not (run.folder / "my runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "said"),
+    [
+        ("client.cli", "ended (signal 9"),
+        ("server.engine", "engine ended (signal 9"),
+        ("raylet", ""),
+        ("gcs_server", ""),
+    ],  # fmt: skip
+)
+def test_a_process_that_dies_ends_the_run_which_goes_on_later(started, victim, said):
+    run = started()
+    run.one(victim).kill()
+    line = run.ended(within=90 if victim in ("raylet", "gcs_server") else 15)
+    assert run.process.returncode == 1
+    assert line.startswith("error: ") and said in line and "synthward run --resume" in line
+    go_on = [sys.executable, "-P", "-m", "server.cli", "run", "--resume", str(run.run)]
+    done = subprocess.run(go_on, cwd=run.folder, capture_output=True, text=True, check=False, timeout=600,
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert verify_checksums(run.run) == []
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_run_whose_own_process_is_killed(started):
+    run = started()
+    run.process.kill()
+    run.process.wait()
+    assert psutil.wait_procs(run.family, timeout=15)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["blank", "long", "shadowed", "bare"])
+def test_it_begins_wherever_it_is_installed_and_whatever_lies_beside_it(started, tmp_path, place):
+    """A blank in the environment's path, a long TMPDIR, files named as modules, no HOME and an ASCII terminal."""
+    folder, python, changes = tmp_path / "My Projects", sys.executable, {}
+    folder.mkdir()
+    if place == "blank":
+        (folder / ".venv").symlink_to(sys.prefix)
+        python = str(folder / ".venv" / "bin" / Path(sys.executable).name)
+    if place == "long":
+        long = tmp_path / ("t" * 100)
+        long.mkdir()
+        changes = {"TMPDIR": str(long)}
+    if place == "shadowed":
+        for name in ("client", "common", "numpy", "random", "server", "json"):
+            (folder / f"{name}.py").write_text("raise SystemExit('a file of the working folder was imported')\n")
+    if place == "bare":
+        changes = {"HOME": "", "LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    run = started(folder, python=python, **changes)
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.ended(within=10)
+    shutil.rmtree(run.run)
