@@ -20,7 +20,7 @@ from server.synthesis.teacher import Teacher
 
 
 def generate(session: Session, state: Checkpoint, teacher: Teacher | None) -> ImageSet:
-    """Sample the set, and keep of the candidates those that the teacher agrees with.
+    """Sample the set, and keep of the candidates those that the teacher finds most of their class.
 
     A resumed run takes up the finished batches.
     """

@@ -18,6 +18,8 @@ from server.synthesis.pretrain import pretrained
 from server.synthesis.public_set import public_images
 from server.synthesis.teacher import Teacher
 
+_KEPT = 0.5  # of the images that were carried to a class: by KID and the panel, val splits (docs/adr/0020)
+
 
 def moments(session: Session, teacher: Teacher | None) -> None:
     """Make the weights of round 0: of a network that has learnt from public images with the sites' noisy moments.
@@ -55,16 +57,16 @@ def _learnt(session: Session, teacher: Teacher | None) -> Arrays:
 
 
 def _corpus(session: Session, public: ImageSet, teacher: Teacher | None) -> ImageSet:
-    """Public images with the sites' moments, and with the labels that the teacher gives them."""
+    """Public images with the sites' moments, of each class those that the teacher finds most of it."""
     study = session.agreement.study
     if session.agreement.plan.get("moments") is None:
-        corpus = uncarried(public, len(study.data.classes)) if teacher is None else public
+        corpus, kept = uncarried(public, len(study.data.classes)), 1.0 / len(study.data.classes)
     else:
         prior, share, likely = _prior(session, public), study.pretrain.class_share, None
         if teacher is not None and share < 1.0:
             likely = teacher.scores(carried_together(public.images, prior))
-        corpus = carried(public, prior, likely=likely, class_share=share)
-    return corpus if teacher is None else teacher.labelled(corpus)
+        corpus, kept = carried(public, prior, likely=likely, class_share=share), _KEPT
+    return corpus if teacher is None else teacher.kept(corpus, kept)
 
 
 def _prior(session: Session, public: ImageSet) -> Prior:

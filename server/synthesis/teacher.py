@@ -1,10 +1,10 @@
-"""The teacher: a linear classifier made of the sites' noisy class features, and the labels that it gives.
+"""The teacher: a linear classifier made of the sites' noisy class features, and the images that it chooses.
 
 SPDX-License-Identifier: Apache-2.0
 
 An image that is carried to a class's moments has that class's brightness and large shapes, but often the edges and
 textures of another one. Whoever trains on such images learns the wrong thing. The teacher, which has learnt from the
-real images of all sites, gives such an image the label that it deserves. All of it is post-processing of noisy sums.
+real images of all sites, leaves those out that are least of their class. All of it is post-processing of noisy sums.
 N images, K classes, F features, m of their directions (`common/features.py`).
 """
 
@@ -101,30 +101,31 @@ class Teacher:
         margins: Floats = own - scores.max(axis=1)
         return margins
 
-    def labelled(self, corpus: ImageSet) -> ImageSet:
-        """Images (N', C, S, S) each with the class that is likeliest for it, class by class.
+    def kept(self, corpus: ImageSet, share: float) -> ImageSet:
+        """Of each class this share, those that speak most for it and against the likeliest other; never too few.
 
-        A class that few are taken for has those beside that most look like it, so that an image can be there twice.
+        A share and no threshold: an image that was carried to one class's moments is a stranger to the teacher, which
+        may take most of a class for another one, and still tells well which of them are more of it than the rest.
         """
-        scores = self.scores(corpus.images)
-        likeliest, rows, labels = scores.argmax(axis=1), list[NDArray[np.int64]](), list[NDArray[np.int64]]()
-        for kind in range(scores.shape[1]):
-            doubt = np.delete(scores, kind, axis=1).max(axis=1) - scores[:, kind]
-            many = max(int((likeliest == kind).sum()), min(_FEWEST, len(corpus)))
-            rows.append(np.sort(np.argsort(doubt, kind="stable")[:many]))
-            labels.append(np.full(many, kind, dtype=np.int64))
-        return ImageSet(corpus.images[np.concatenate(rows)], np.concatenate(labels))
+        margins, rows = self.margins(corpus), list[NDArray[np.int64]]()
+        for kind in np.unique(corpus.labels):
+            mine = np.flatnonzero(corpus.labels == kind)
+            rows.append(_most(margins, mine, max(round(share * len(mine)), _FEWEST)))
+        return corpus.select(np.concatenate(rows))
 
     def chosen(self, candidates: ImageSet, labels: NDArray[np.int64]) -> ImageSet:
-        """One image for each label (N,), in their order: of its class those that agree, as they come, then the rest.
+        """One image for each label (N,), in their order: of its class those that are most of it, as they come.
 
         Args:
             candidates: at least as many of each class as labels.
         """
         margins, picked = self.margins(candidates), np.zeros(len(labels), dtype=np.int64)
         for kind in np.unique(labels):
-            mine = np.flatnonzero(candidates.labels == kind)
-            order = np.argsort(-np.minimum(margins[mine], 0.0), kind="stable")  # those that agree are all alike
             places = np.flatnonzero(labels == kind)
-            picked[places] = mine[order[: len(places)]]
+            picked[places] = _most(margins, np.flatnonzero(candidates.labels == kind), len(places))
         return candidates.select(picked)
+
+
+def _most(margins: Floats, mine: NDArray[np.int64], many: int) -> NDArray[np.int64]:
+    """Of some rows as many as are asked for, those of the largest margins, in their order."""
+    return np.sort(mine[np.argsort(-margins[mine], kind="stable")[:many]])

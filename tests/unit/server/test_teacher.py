@@ -100,24 +100,23 @@ def _scored(rows: list[list[int]], labels: list[int]) -> ImageSet:
     return ImageSet(images, np.array(labels))
 
 
-def test_images_get_the_class_that_is_likeliest_and_none_is_lost():
-    rng = np.random.default_rng(0)
-    corpus = _scored(rng.permuted(np.tile([10, 20, 30], (3000, 1)), axis=1).tolist(), [0] * 3000)
-    found = _said(3).labelled(corpus)
-    assert len(found) == 3000
-    assert np.array_equal(_said(3).scores(found.images).argmax(axis=1), found.labels)
-    assert np.bincount(found.labels).min() > 900
+def test_of_each_class_the_share_is_kept_that_is_most_of_it(monkeypatch):
+    """Also where the teacher takes all of a class for another one."""
+    monkeypatch.setattr("server.synthesis.teacher._FEWEST", 1)
+    found = _said(2).kept(_scored([[9, 1], [8, 7], [9, 3], [9, 2], [1, 9], [3, 4]], [1, 1, 1, 1, 0, 0]), 0.5)
+    assert found.images[:, 0, 0, :2].tolist() == [[3, 4], [8, 7], [9, 3]]
+    assert found.labels.tolist() == [0, 1, 1]
 
 
-def test_a_class_that_few_are_taken_for_has_those_that_most_look_like_it(monkeypatch):
-    monkeypatch.setattr("server.synthesis.teacher._FEWEST", 2)
-    found = _said(2).labelled(_scored([[9, 1], [8, 7], [9, 3], [9, 2]], [0, 0, 0, 0]))
-    assert np.bincount(found.labels).tolist() == [4, 2]
-    assert found.images[found.labels == 1][:, 0, 0, :2].tolist() == [[8, 7], [9, 3]]
+def test_of_a_small_class_no_more_is_left_out_than_it_can_spare(monkeypatch):
+    monkeypatch.setattr("server.synthesis.teacher._FEWEST", 3)
+    found = _said(2).kept(_scored([[9, 1]] * 2 + [[1, n] for n in range(2, 6)], [0, 0, 1, 1, 1, 1]), 0.5)
+    assert np.bincount(found.labels).tolist() == [2, 3]
+    assert found.images[found.labels == 1][:, 0, 0, 1].tolist() == [3, 4, 5]
 
 
-def test_of_the_candidates_those_that_agree_are_kept_as_they_come_and_then_the_least_doubtful():
+def test_of_the_candidates_those_that_are_most_of_their_class_are_kept_as_they_come():
     rows = [[1, 9], [5, 4], [1, 2], [9, 1], [6, 1], [1, 3]]
-    found = _said(2).chosen(_scored(rows, [0, 0, 0, 0, 1, 1]), np.array([0, 1, 0, 0]))
-    assert found.images[:, 0, 0, :2].tolist() == [[5, 4], [1, 3], [9, 1], [1, 2]]
-    assert found.labels.tolist() == [0, 1, 0, 0]
+    found = _said(2).chosen(_scored(rows, [0, 0, 0, 0, 1, 1]), np.array([0, 1, 0]))
+    assert found.images[:, 0, 0, :2].tolist() == [[5, 4], [1, 3], [9, 1]]
+    assert found.labels.tolist() == [0, 1, 0]
