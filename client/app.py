@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from common.errors import DataError
+from common.sockets import address_of
 from common.wire import from_record, to_record
 
 app = ClientApp()
@@ -51,7 +52,7 @@ def handle_validate(message: Message, context: Context) -> Message:
 def relay(message: Message, context: Context) -> Message:
     """One request to the site's process and its answer; an error here is Flower's "the process failed"."""
     limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    with grpc.insecure_channel(f"unix:{socket_of(context)}", options=limits) as channel:
+    with grpc.insecure_channel(address_of(socket_of(context)), options=limits) as channel:
         answer = channel.unary_unary(ANSWER)
         reply = answer(from_record(message.content), timeout=message.metadata.ttl)
     return Message(content=to_record(reply), reply_to=message)

@@ -47,11 +47,13 @@ def init(
     Example: synthward-site init /srv/synthward/site.toml --name hospital-a --data images.npz
     """
     from client.beginning import begin
+    from client.owner import act_as_owner
     from common.errors import DataError
 
     if len(sites) > 1 and (name is not None or data is not None):
         raise DataError("one name and one file of images are of one site", where="init", remedy="Give one SITE.toml.")
     for site in sites:
+        act_as_owner(site.absolute().parent)
         config = begin(site, name, data)
         if name is not None:
             print(f"{site}: written; read its [policy] and set this hospital's ceilings")
@@ -273,10 +275,12 @@ def verify_ledger(sites: Sites) -> None:
 
 
 def _ledger(path: Path) -> tuple[SiteConfig, Ledger]:
+    from client.owner import act_as_owner
     from client.registry import open_ledger
     from client.site import load_site_config
 
     config = load_site_config(path)
+    act_as_owner(config.state)
     return config, open_ledger(config.name, config.state, config.registry)
 
 

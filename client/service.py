@@ -36,7 +36,7 @@ from client.stages.moments import moments
 from client.stages.train import train
 from client.stages.validate import validate
 from common.errors import DataError, NotApproved, Refused, ReplyError, StorageError
-from common.files import append_line
+from common.files import append_line, storage_error
 from common.protocol import (
     Answer,
     Arrays,
@@ -48,6 +48,7 @@ from common.protocol import (
     encode,
     identity,
 )
+from common.sockets import address_of, require_free
 
 SERVICE, METHOD = "synthward.Site", "Answer"  # as in client/app.py; a test holds them together
 STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
@@ -166,6 +167,11 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
         turns = Lock()
         made = []
         for path in sites:
+            if sockets / f"{path.stem}.sock" in made:
+                raise DataError(
+                    f"two site files are called {path.stem}, and so would their sockets be", where=str(path),
+                    remedy="Rename one, or serve them over two folders.",
+                )  # fmt: skip
             config = load_site_config(path)
             config.ledger().close()  # before anybody is told that the site is ready
             stack.enter_context(_only_one(config))
@@ -186,18 +192,19 @@ def _listen(service: SiteService, socket: Path, turns: Lock, largest_mb: int) ->
 
     handler = grpc.unary_unary_rpc_method_handler(answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    require_free(socket)
     try:
         socket.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         before = os.umask(0o117)  # owner and group of the socket may connect, nobody else
         try:
-            server.add_insecure_port(f"unix:{socket.resolve()}")
+            server.add_insecure_port(address_of(socket))
             server.start()
         finally:
             os.umask(before)
     except (RuntimeError, OSError) as error:
         raise StorageError(
             f"cannot listen there ({error})", where=str(socket),
-            remedy="Give another --sockets folder, with a path shorter than 90 characters.",
+            remedy="Give a --sockets folder that this user may write to.",
         ) from error  # fmt: skip
     return server
 
@@ -211,7 +218,11 @@ def exposed(config: SiteConfig) -> list[Path]:
 @contextmanager
 def _only_one(config: SiteConfig) -> Iterator[None]:
     """Hold the site's lock: two processes would answer the same request twice."""
-    with (config.state / "service.lock").open("w") as lock:
+    try:
+        lock = (config.state / "service.lock").open("w")
+    except OSError as error:
+        raise storage_error(error, config.state / "service.lock") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -5,9 +5,11 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import typer
@@ -42,10 +44,20 @@ def run(app: typer.Typer, *, interrupted: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter gets its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=False)
     except SynthwardError as error:
         _end(f"error: {error}", error.exit_code)
+    except MemoryError:
+        _end("error: not enough memory. Give this command more, or fewer or smaller images.", 2)
+    except OSError as error:
+        from common.files import storage_error  # with numpy: --help is quick
+
+        where = Path(str(error.filename or "a file"))
+        _end(f"error: {storage_error(error, where)}", 2)
     except Stopped as stop:
         _end(stop.advice or interrupted, 128 + stop.number)
     except (

@@ -23,7 +23,7 @@ def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str
         error: the kind that is raised where it is missing, not TOML, or not text.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad begins a file with a mark
     except OSError as cause:
         raise error(
             f"cannot read the {what} file ({cause.strerror})",

@@ -1,12 +1,15 @@
-"""The synthetic set as files: MedMNIST-layout npz, PNGs by class, a contact sheet.
+"""The synthetic set as files: MedMNIST-layout npz, PNGs by class with their table, a contact sheet.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from common.files import atomic_write
+from common.files import atomic_write, storage_error
 from common.images import ImageSet
+
+_LONGEST_FOLDER = 60  # bytes of a class's name in a path
+_SPLITS = re.compile(  # what Hugging Face's `datasets` takes for one where no letter is beside it
+    r"(?<![^\W\d_])(training|train|testing|test|evaluation|eval|validation|valid|val|dev)(?![^\W\d_])", re.IGNORECASE
+)
 
 
 def write_npz(path: Path, images: ImageSet) -> None:
@@ -27,17 +35,45 @@ def write_npz(path: Path, images: ImageSet) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """A folder for each class, in any reader's eyes in the study's order and no split of the set.
+
+    Readers number classes by their folders' names, sorted, so that the number in front has as many digits for all; and
+    Hugging Face takes a folder with a word like "test" in it for a split, and drops the rest.
+    """
+    digits = len(str(len(classes) - 1))
+    return [f"{number:0{digits}d}-{_plain(name)}" for number, name in enumerate(classes)]
+
+
+def _plain(name: str) -> str:
+    """Letters and digits of any script, with hyphens between; no word that is taken for a split; short."""
+    words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name))) or "class"
+    words = words.encode()[:_LONGEST_FOLDER].decode(errors="ignore").strip("-")
+    return _SPLITS.sub(r"class\1", words)
+
+
 def write_pngs(folder: Path, images: ImageSet, classes: tuple[str, ...], *, note: str) -> None:
-    """One PNG per image, in a folder per class; each says in its metadata that it is synthetic."""
+    """One PNG per image, in a folder per class, and a table of them beside; each says that it is synthetic.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
     info = PngInfo()
     info.add_text("Description", note)
-    counters = [0] * len(classes)
-    for pixels, label in zip(_channels_last(images.images), images.labels, strict=True):
-        name = re.sub(r"[^A-Za-z0-9]+", "-", classes[label]).strip("-") or "class"
-        path = folder / f"{label}-{name}" / f"{counters[label]:05d}.png"
-        counters[label] += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path, pnginfo=info)
+    names, counters, table = folder_names(classes), [0] * len(classes), io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["file", "label", "class"])
+    path = folder
+    try:
+        for pixels, label in zip(_channels_last(images.images), images.labels.tolist(), strict=True):
+            path = folder / names[label] / f"{counters[label]:05d}.png"
+            counters[label] += 1
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path, pnginfo=info)
+            rows.writerow([path.relative_to(folder.parent).as_posix(), label, classes[label]])
+    except OSError as error:
+        raise storage_error(error, path) from error
+    atomic_write(folder.parent / "labels.csv", table.getvalue().encode())
 
 
 def contact_sheet(images: ImageSet, label: int, *, columns: int = 16, side: int = 64) -> bytes:

@@ -103,3 +103,15 @@ def test_two_processes_do_not_serve_one_site(path, tmp_path):
     again = serving([path], tmp_path / "b")
     with serving([path], tmp_path / "a"), pytest.raises(DataError, match="serves this site"):
         again.__enter__()
+
+
+def test_two_sites_never_share_a_socket(tmp_path):
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(make_npz_site(tmp_path / name, "site").rename(tmp_path / name / "site.toml"))
+    with pytest.raises(DataError, match="two site files are called site"), serving(paths, tmp_path / "s"):
+        pass
+    answers = pytest.raises(StorageError, match="another process answers there already")
+    with serving(paths[:1], tmp_path / "s"), answers, serving(paths[1:], tmp_path / "s"):
+        pass

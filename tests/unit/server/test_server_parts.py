@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
 from common.images import ImageSet, to_uint8, to_unit
 from common.model.diffusion_model import initial_weights
 from common.optimizer import largest_update_norm
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moved, moving_average, within
 from server.release.bundle import verify_checksums
-from server.release.formats import contact_sheet, write_npz, write_pngs
+from server.release.formats import contact_sheet, folder_names, write_npz, write_pngs
 from server.synthesis.generation import generate, planned_labels
 from support.studies import agreement, tiny_study
 
@@ -212,8 +215,31 @@ def test_released_images_are_the_generated_pixels(tmp_path, channels):
     assert contact_sheet(images, 0).startswith(b"\x89PNG")
 
 
-def test_verify_needs_a_finished_release(tmp_path):
+@given(st.lists(st.text(max_size=80), min_size=2, max_size=64))
+def test_folders_of_classes_are_in_order_one_for_each_and_no_split(names):
+    """The rule of Hugging Face's `datasets`: a keyword between its separators (`-._ 0-9`) names a split."""
+    keywords = "train|training|test|testing|eval|evaluation|val|valid|validation|dev"
+    found = folder_names(names)
+    assert found == sorted(found) and len(set(found)) == len(names)
+    for folder in found:
+        assert folder.isprintable() and not set('/\\:*?"<>| .') & set(folder) and len(folder.encode()) < 200
+        assert not re.search(rf"(^|[-._ 0-9])({keywords})([-._ 0-9]|$)", folder, re.IGNORECASE)
+
+
+def test_verify_says_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="no finished release"):
+        verify_checksums(tmp_path)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="not a list of checksums"):
+        verify_checksums(tmp_path)
+    sums.write_text(f"{'0' * 64}  ../outside\n{'0' * 64}  gone\n{'0' * 64}  here\n\n")
+    (tmp_path / "here").write_text("x")
+    none = "SHA256SUMS has a line for no file of the release"
+    assert verify_checksums(tmp_path) == [none, "gone is missing", "here was changed", none]
+    sums.unlink()
+    sums.mkdir()
+    with pytest.raises(StorageError, match="SHA256SUMS"):
         verify_checksums(tmp_path)
 
 

@@ -1,0 +1,51 @@
+"""Whose files a site's files are: one user's, whoever types the command.
+
+SPDX-License-Identifier: Apache-2.0
+
+A ledger of which root has written a part cannot be read by the user who serves it, and root has another list of the
+machine's ledgers. So root acts as the owner of the state folder, and anybody else is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from pathlib import Path
+
+from common.errors import StorageError
+
+
+def act_as_owner(path: Path) -> None:
+    """Go on as the user whom a folder belongs to, or the nearest one above it that is there; for good.
+
+    Nothing changes where that is this user, or root owns it.
+
+    Raises:
+        StorageError: it is another user, and this one is not root.
+    """
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+    found, me = there.stat(), os.geteuid()
+    if found.st_uid in (me, 0):
+        return
+    name = _name(found.st_uid)
+    if me != 0:
+        if there != path:  # nothing of a site's is there yet: whether it may be written will show
+            return
+        raise StorageError(
+            f"belongs to user {name}, and this command runs as {_name(me)}", where=str(path),
+            remedy=f"Run it as {name}: everything of a site belongs to one user.",
+        )  # fmt: skip
+    print(f"acting as user {name}, to whom {there} belongs", file=sys.stderr, flush=True)
+    os.setgroups(os.getgrouplist(name, found.st_gid) if not name.isdigit() else [found.st_gid])
+    os.setgid(found.st_gid)
+    os.setuid(found.st_uid)
+    os.environ.pop("XDG_STATE_HOME", None)  # root's own list of ledgers is another one
+    os.environ["HOME"] = str(there) if name.isdigit() else pwd.getpwuid(found.st_uid).pw_dir
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,84 @@
+"""A release in other people's hands: the right labels by whatever reads it, for names in any script.
+
+`pip install "synthward[readers]"` installs the readers that the project itself has no use for; without them their cases
+are skipped, and what they do with a folder's name is tested in `tests/unit/server/test_server_parts.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.images import ImageSet
+from common.model.timm_backbones import create_backbone
+from server.release.formats import folder_names, write_npz, write_pngs
+
+NAMES = {
+    2: ("test negative", "test positive"),
+    12: (
+        "train",
+        "健康",
+        "1 year",
+        "val-2",
+        'a "quoted" name',
+        "Grüße",
+        "dev",
+        "x" * 80,
+        "10",
+        "9",
+        "../up",
+        "evaluation",
+    ),
+    64: tuple(f"class {number}" if number % 3 else f"testing {number}" for number in range(64)),
+}
+
+
+@pytest.fixture(params=NAMES)
+def release(request, tmp_path):
+    """(folder, labels by image, names): the brightness of an image is its label."""
+    names = NAMES[request.param]
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(names)), 3))
+    images = ImageSet(np.repeat(labels, 64).reshape(-1, 1, 8, 8).astype(np.uint8), labels)
+    write_npz(tmp_path / "synthetic.npz", images)
+    write_pngs(tmp_path / "png", images, names, note="synthetic")
+    return tmp_path, labels, names
+
+
+def test_torchvision(release):
+    create_backbone("test_vit3", channels=1, classes=2, image_size=16)  # makes up for a torchvision of another torch
+    datasets = pytest.importorskip("torchvision.datasets")
+    folder, labels, names = release
+    found = datasets.ImageFolder(str(folder / "png"))
+    assert found.classes == folder_names(names)
+    assert sorted(found.targets) == sorted(labels.tolist())
+    assert all(np.asarray(image)[0, 0, 0] == label for image, label in found)
+
+
+def test_hugging_face(release, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    load_dataset = pytest.importorskip("datasets").load_dataset
+    folder, labels, names = release
+    found = load_dataset("imagefolder", data_dir=str(folder / "png"), cache_dir=str(tmp_path / "cache"))
+    assert list(found) == ["train"] and len(found["train"]) == len(labels)
+    assert found["train"].features["label"].names == folder_names(names)
+    assert all(np.asarray(row["image"]).flat[0] == row["label"] for row in found["train"])
+
+
+def test_pandas(release):
+    read_csv = pytest.importorskip("pandas").read_csv
+    image = pytest.importorskip("PIL.Image")
+    folder, labels, names = release
+    table = read_csv(folder / "labels.csv", dtype={"class": str})
+    assert len(table) == len(labels) and [names[label] for label in table["label"]] == table["class"].tolist()
+    assert all(
+        np.asarray(image.open(folder / file)).flat[0] == label for file, label in zip(table["file"], table["label"])
+    )
+
+
+def test_the_layout_of_medmnist(release):
+    folder, labels, _ = release
+    with np.load(folder / "synthetic.npz", allow_pickle=False) as archive:
+        images, found = archive["train_images"], archive["train_labels"]
+    assert images.dtype == np.uint8 and images.shape == (len(labels), 8, 8) and found.shape == (len(labels), 1)
+    assert (images[:, 0, 0] == found[:, 0]).all() and (found[:, 0] == labels).all()

@@ -1,0 +1,64 @@
+"""The socket of a site: every path reaches it, and none is taken from a process that lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from common.errors import StorageError
+from common.sockets import LONGEST, address_of, require_free
+
+
+@pytest.fixture
+def short():
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a b", "a#b", "a?b=c", "a%20b", "%", "ü", "a;b", "a:b", "a\udce9b", "~", "a&b"]
+)
+def test_whatever_the_path_is_a_caller_reaches_who_listens(short, name):
+    path = short / name / "site.sock"
+    path.parent.mkdir()
+    server = grpc.server(ThreadPoolExecutor(1))
+    echo = grpc.unary_unary_rpc_method_handler(lambda data, _: data + b"!")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", {"C": echo}),))
+    server.add_insecure_port(address_of(path))
+    server.start()
+    try:
+        assert path.is_socket()
+        with grpc.insecure_channel(address_of(path)) as channel:
+            assert channel.unary_unary("/a.B/C")(b"x", timeout=20) == b"x!"
+        with pytest.raises(StorageError, match="another process answers there"):
+            require_free(path)
+    finally:
+        server.stop(None).wait()
+
+
+def test_the_socket_of_a_dead_process_is_free_and_no_other_file_is(short):
+    path = short / "site.sock"
+    require_free(path)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    require_free(path)
+    path.unlink()
+    path.write_text("a file")
+    with pytest.raises(StorageError, match="is no socket"):
+        require_free(path)
+    assert path.read_text() == "a file"
+
+
+def test_a_path_is_as_long_as_a_socket_allows(short):
+    room = LONGEST - len(os.fsencode(short)) - 1
+    require_free(short / ("x" * room))
+    with pytest.raises(StorageError, match=f"{LONGEST + 1} bytes, {LONGEST} at most"):
+        require_free(short / ("x" * (room + 1)))
+    with pytest.raises(StorageError, match="bytes"):
+        require_free(short / ("ü" * (room // 2 + 1)))
