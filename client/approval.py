@@ -90,7 +90,8 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     return Verdict(
         (*refusals, *_own_as_public(site, study), *twice), before, after,
         0 if refusals else _more(policy, others, plan),
-        (*_unit_warnings(site, study), *site.report.warnings, *warnings), ledger.approval(study.sha256),
+        (*_unit_warnings(site, study), *site.cohort.warnings(study), *site.report.warnings, *warnings),
+        ledger.approval(study.sha256),
     )  # fmt: skip
 
 

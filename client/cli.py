@@ -76,7 +76,7 @@ def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
     for path in sites:
         site = Site.open(path, settings)
         site.config.policy.permit(settings, plan, site.cohort)
-        rows.append(_row(site))
+        rows.append(_row(site, *site.cohort.warnings(settings)))
     if as_json:
         print(json.dumps(rows))
         return
@@ -131,7 +131,7 @@ def approve(sites: Sites, study: StudyFile, by: By, as_json: AsJson = False) -> 
         with closing(_ledger(path)[1]) as ledger:
             site = Site.open(path, settings)
             approval, verdict = decide(site, ledger, settings, plan, by=who)
-        rows.append(_row(site))
+        rows.append(_row(site, *site.cohort.warnings(settings)))
         if as_json:
             continue
         print(f"{site.config.name}: study {approval.name} ({approval.study[:12]}) is approved by {approval.by}")
@@ -260,6 +260,50 @@ def serve(
     print("stopped")
 
 
+@app.command()
+def backup(
+    site: OneSite,
+    to: Annotated[Path, typer.Option(help="the file to write; a new one for every backup", metavar="FILE.tar")],
+) -> None:
+    """Write ledger, key and stored answers into one file, as they are at one moment; also while `serve` answers.
+
+    The file is as secret as the state folder: the ledger's key is in it.
+
+    Example: synthward-site backup site.toml --to backups/2026-01-02.tar
+    """
+    from client.backup import back_up
+
+    config, ledger = _ledger(site)
+    with closing(ledger):
+        number, newest = back_up(ledger, to)
+    print(f"{config.name}: {number} entries in {to}; newest hash {newest}")
+
+
+@app.command()
+def restore(
+    site: OneSite,
+    backup: Annotated[Path, typer.Option("--from", help="a file of `synthward-site backup`", metavar="FILE.tar")],
+) -> None:
+    """Put a backup back into the site's state folder, which has to be empty or gone.
+
+    Whatever was spent since the backup was made is not in it, and nothing on this machine can tell: see docs/site.md.
+
+    Example: synthward-site restore site.toml --from backups/2026-01-02.tar
+    """
+    from client.backup import restore as put_back
+    from client.owner import act_as_owner
+    from client.registry import Registry
+    from client.site import load_site_config
+
+    config = load_site_config(site)
+    act_as_owner(config.state)
+    number, newest, at = put_back(backup, config.state)
+    print(f"{config.name}: {number} entries, the newest of {at}, hash {newest}")
+    print("Losses after that are not in it. If an answer may have been given since, treat these images as spent.")
+    with closing(config.ledger()) as ledger, Registry(config.registry).locked():
+        Registry(config.registry).place(config.name, ledger)
+
+
 @app.command("verify-ledger")
 def verify_ledger(sites: Sites) -> None:
     """Check that no entry of the ledger was changed, removed or inserted, and print its newest hash.
@@ -284,11 +328,11 @@ def _ledger(path: Path) -> tuple[SiteConfig, Ledger]:
     return config, open_ledger(config.name, config.state, config.registry)
 
 
-def _row(site: Site) -> dict[str, Any]:
+def _row(site: Site, *warnings: str) -> dict[str, Any]:
     """A site's exact numbers, for its own screen."""
     report = site.report
     return {"name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
-            "holdout": list(report.holdout_counts), "warnings": list(report.warnings)}  # fmt: skip
+            "holdout": list(report.holdout_counts), "warnings": [*warnings, *report.warnings]}  # fmt: skip
 
 
 def _ledgers(sites: list[Path]) -> Iterator[tuple[SiteConfig, Ledger]]:

@@ -160,5 +160,5 @@ def _open(path: Path, _versions: object, study: Study) -> Site:
         train, holdout = (Units.of(part, study.privacy.unit) for part in (splits.train, splits.holdout))
     except DataError as error:
         raise DataError(error.what, where=f"{where}: train_groups", remedy=error.remedy) from error
-    cohort = Cohort.of(train, len(study.data.classes))
+    cohort = Cohort.of(train, holdout, len(study.data.classes))
     return Site(config, splits, report, train, holdout, cohort)

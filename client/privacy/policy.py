@@ -22,6 +22,8 @@ from common.mechanisms import BY_NAME
 from common.settings import Settings
 from common.study import Study
 
+_SAFE = 0.1  # of 1/N: the most that delta should be (Dwork and Roth 2014, section 2.3, want it far below)
+
 
 def _known(name: str) -> str:
     if name not in BY_NAME:
@@ -35,18 +37,38 @@ class Cohort:
 
     Attributes:
         units: privacy units (images or patients) in the train partition.
+        held_out: units in the holdout.
         smallest_class: units that have an image of the rarest class.
         patients_known: whether it is known whose each image is.
     """
 
     units: int
+    held_out: int
     smallest_class: int
     patients_known: bool
 
     @classmethod
-    def of(cls, train: Units, classes: int) -> Cohort:
-        """Of a train partition."""
-        return cls(len(train), int(train.with_class(classes).min()), train.images.patients is not None)
+    def of(cls, train: Units, holdout: Units, classes: int) -> Cohort:
+        """Of a site's partitions."""
+        known = train.images.patients is not None
+        return cls(len(train), len(holdout), int(train.with_class(classes).min()), known)
+
+    @property
+    def largest_delta(self) -> float:
+        """One over the units of the smaller partition: a larger delta allows to publish a whole record."""
+        return 1.0 / max(1, min(self.units, self.held_out))
+
+    def warnings(self, study: Study) -> list[str]:
+        """What a study's numbers mean for so many records, one line each."""
+        delta, most = study.privacy.delta, self.largest_delta
+        return (
+            [
+                f"delta {delta:g} is over a tenth of 1/N, {most:.2g} for the {study.privacy.unit}s of the smaller part"
+                " here: a promise that may fail so often says little; ask for a smaller one"
+            ]
+            if delta > _SAFE * most
+            else []
+        )
 
 
 class SitePolicy(Settings):
@@ -125,6 +147,12 @@ class SitePolicy(Settings):
         few = (("min_units", f"{cohort.units} training {unit}s", cohort.units, self.min_units),
                ("min_units_per_class", f"{cohort.smallest_class} {unit}s in the smallest class", cohort.smallest_class,
                 self.min_units_per_class))  # fmt: skip
+        if study.privacy.delta > cohort.largest_delta:
+            yield PolicyRefusal(
+                f"delta {study.privacy.delta:g} is over 1/N, {cohort.largest_delta:.2g} for the {unit}s of the smaller"
+                " partition here, and so no promise", where="privacy.delta",
+                remedy="Ask the coordinator for a study with a far smaller privacy.delta.",
+            )  # fmt: skip
         for rule, what, found, least in few:
             if found < least:
                 yield PolicyRefusal(

@@ -112,12 +112,24 @@ def test_whatever_the_policy_refuses_is_refused_when_it_is_approved_and_nothing_
 
 def test_no_rule_about_the_records_is_asked_when_a_request_comes():
     policy = SitePolicy(min_units=10**6, min_units_per_class=10**6)
-    plan, none = plan_study(STUDY), Cohort(0, 0, patients_known=True)
+    plan, none = plan_study(STUDY), Cohort(0, 0, 0, patients_known=True)
     assert list(policy.refusals(tiny_study(), plan)) == []
     wheres = [refusal.where for refusal in policy.refusals(tiny_study(), plan, none)]
     assert wheres == ["policy.unit", "policy.min_units", "policy.min_units_per_class"]
     assert [r.where for r in SitePolicy(unit="image", min_units=1, min_units_per_class=0).refusals(
-        tiny_study(), plan, Cohort(1, 0, patients_known=True))] == []  # fmt: skip
+        tiny_study(), plan, Cohort(1, 1, 0, patients_known=True))] == []  # fmt: skip
+
+
+@pytest.mark.parametrize(("delta", "refused", "warned"), [(0.5, True, True), (0.04, True, True), (1 / 30, False, True),
+                                                           (0.004, False, True), (1 / 300, False, False)])  # fmt: skip
+def test_delta_is_held_against_the_smaller_partition(delta, refused, warned):
+    """60 units in train, 30 held out: over 1/30 is refused, over 1/300 warned of."""
+    study, cohort = tiny_study(privacy={"delta": delta}), Cohort(60, 30, 20, patients_known=False)
+    policy = SitePolicy(max_study_delta=0.9, max_delta=0.9)
+    wheres = [refusal.where for refusal in policy.refusals(study, plan_study(study), cohort)]
+    assert wheres == (["privacy.delta"] if refused else [])
+    assert bool(cohort.warnings(study)) == warned
+    assert "privacy.delta" not in [refusal.where for refusal in policy.refusals(study, plan_study(study))]
 
 
 def test_a_mechanism_that_does_not_exist_cannot_be_allowed():
