@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from common.errors import DataError
+from common.protocol import Answer, Unreachable, encode
 from common.sockets import address_of
 from common.wire import from_record, to_record
 
@@ -50,11 +51,18 @@ def handle_validate(message: Message, context: Context) -> Message:
 
 
 def relay(message: Message, context: Context) -> Message:
-    """One request to the site's process and its answer; an error here is Flower's "the process failed"."""
+    """One request to the site's process and its answer; or, where that cannot be reached, that it cannot."""
     limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    with grpc.insecure_channel(address_of(socket_of(context)), options=limits) as channel:
-        answer = channel.unary_unary(ANSWER)
-        reply = answer(from_record(message.content), timeout=message.metadata.ttl)
+    socket = socket_of(context)
+    try:
+        with grpc.insecure_channel(address_of(socket), options=limits) as channel:
+            answer = channel.unary_unary(ANSWER)
+            reply = answer(from_record(message.content), timeout=message.metadata.ttl)
+    except grpc.RpcError as error:
+        what = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
+        name = str(context.node_config.get("name") or socket.stem)
+        body = Unreachable(carrier=name[:100], what=f"its process does not answer at {socket.name[:100]} ({what})")
+        reply = encode(Answer(site=None, spent=None, body=body))
     return Message(content=to_record(reply), reply_to=message)
 
 

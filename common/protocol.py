@@ -176,15 +176,28 @@ class Refusal(Part):
     allowed: Text = ""
 
 
+class Unreachable(Part):
+    """What the carrier says in the place of a site whose process it cannot reach; it may be back in a minute.
+
+    Attributes:
+        carrier: how the carrier's operator calls the site; the site itself has not said so.
+        what: what the socket said.
+    """
+
+    stage: Literal["unreachable"] = "unreachable"
+    carrier: Text
+    what: Text
+
+
 Request = EnrolRequest | MomentsRequest | FeaturesRequest | TrainRequest | ValidateRequest
-Reply = EnrolReply | MomentsReply | FeaturesReply | TrainReply | ValidateReply | Refusal
+Reply = EnrolReply | MomentsReply | FeaturesReply | TrainReply | ValidateReply | Refusal | Unreachable
 
 
 class Answer(Part):
     """The envelope of every answer.
 
     Attributes:
-        site: None where the site file cannot be read.
+        site: None where the site file cannot be read, or the site was not reached.
         spent: of this study; None where the ledger was not read, which is before a study is approved.
     """
 

@@ -51,6 +51,11 @@ class Progress:
         self._bar(stage, done, total, f"{_clock(left)} left")
         self._folder.event("step", stage=stage, done=done, total=total, seconds_left=round(left, 1), **values)
 
+    def wait(self, stage: str, text: str) -> None:
+        """Nothing goes on for a while; it stands in the events, not in the report."""
+        self._line(stage, text)
+        self._folder.event("wait", stage=stage, text=text)
+
     def warn(self, text: str, **values: Any) -> None:
         """Something the coordinator should know; the run goes on."""
         self._line("warning", text)

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ from server.federation.members import Member
 from server.federation.screening import Shapes, largest_sum_norm, most_units, screen_arrays, screen_norm
 from server.federation.sites import Requests, SiteGroup
 from server.progress import Progress
+
+_AGAIN_SECONDS = 10.0  # between two questions to a site that cannot be reached
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Session:
         Raises:
             FederationError: fewer usable answers than federation.min_sites; names every missing site and why.
         """
-        collected = collect(self.group, self.members, requests, body, screen)
+        collected = self._collected(step, requests, body, screen)
         for site, reason in collected.reasons.items():
             self.progress.warn(f"{step}: {site} left out: {reason}", site=site)
         least, present = self.agreement.study.federation.min_sites, len(collected.accepted)
@@ -53,8 +56,26 @@ class Session:
             raise FederationError(
                 f"{present} usable answers in '{step}', {least} needed ({why or 'no site answered'})",
                 where="federation.min_sites",
-                remedy="Put the sites right, then `synthward run --resume RUN`; nothing that was saved is lost.",
+                remedy="Put the sites right and go on with the run; nothing that was saved is lost.",
             )  # fmt: skip
+        return collected
+
+    def _collected(self, step: str, requests: Requests, body: type[B], screen: Screen[B]) -> Collected:
+        """The answers; while there are too few, sites that cannot be reached are asked again, for as long as the study
+        waits for an answer. A site that is back sends what it has stored: nothing is paid for twice."""
+        federation = self.agreement.study.federation
+        deadline = time.monotonic() + federation.timeout_seconds
+        collected = collect(self.group, self.members, requests, body, screen)
+        while (
+            len(collected.accepted) < federation.min_sites <= len(collected.accepted) + len(collected.unreachable)
+            and time.monotonic() < deadline
+        ):
+            for site in collected.unreachable.values():
+                left = deadline - time.monotonic()
+                self.progress.wait(step, f"waiting for {site}, {left:.0f} s at most: {collected.reasons[site]}")
+            time.sleep(min(_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
+            again = {node: requests[node] for node in collected.unreachable}
+            collected = collect(self.group, self.members, again, body, screen, before=collected)
         return collected
 
     def ask_sums(self, step: str, requests: Requests, body: type[B], shapes: Shapes) -> Arrays:

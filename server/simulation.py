@@ -33,6 +33,7 @@ LOG = "engine.log"
 _LONGEST_BASE = 27  # characters of the folder for sockets: a socket's whole path may have 107, and Ray adds 80
 _LOOK_SECONDS, _GRACE_SECONDS = 0.2, 3.0
 _LONGEST_WORDS = 200
+_MOST_STARTS = 3  # of processes that died, in one run
 
 
 def simulate(folder: RunFolder) -> None:
@@ -40,11 +41,12 @@ def simulate(folder: RunFolder) -> None:
 
     Raises:
         SynthwardError: as the pipeline raises them.
-        FederationError: the engine or a process of sites ended, with its own last words.
+        FederationError: the engine ended, or a process of sites too often, with its own last words.
         Stopped: we were told to stop. By then every process that was started here is gone.
     """
     run, sites = folder.path.resolve(), site_files(folder.path)
-    with _machine(run) as machine, _site_processes(machine, sites) as serving:
+    with _machine(run) as machine, ExitStack() as stack:
+        serving = _Serving(machine, sites, stack)
         with _engine(machine, run, len(sites)) as engine:
             _watch(engine, serving)
         _pass_on(machine, engine)
@@ -110,12 +112,10 @@ class _Process:
             self.popen.communicate()
 
 
-def _watch(engine: _Process, serving: list[_Process]) -> None:
-    """Wait for the engine's end, while every process of sites lives."""
+def _watch(engine: _Process, serving: _Serving) -> None:
+    """Wait for the engine's end, while the sites' processes live."""
     while engine.popen.poll() is None:
-        for process in serving:
-            if process.popen.poll() is not None:
-                raise FederationError(f"{process.name} ended ({process.last_words()})")
+        serving.look()
         time.sleep(_LOOK_SECONDS)
 
 
@@ -138,24 +138,51 @@ def _engine(machine: _Machine, run: Path, sites: int) -> Iterator[_Process]:
         yield process
 
 
-@contextmanager
-def _site_processes(machine: _Machine, sites: list[Path]) -> Iterator[list[_Process]]:
-    """`synthward-site serve` for all simulated sites, dealt to processes, which are ready."""
-    many = at_once(len(sites))
-    with ExitStack() as stack:
-        started = list[_Process]()
-        for number in range(many):
-            mine = sites[number::many]
-            words = ["client.cli", "serve", "--while-stdin", "--sockets", str(machine.scratch), *map(str, mine)]
-            name, log = f"the process of {' and '.join(path.stem for path in mine)}", machine.scratch / f"log-{number}"
-            started.append(stack.enter_context(machine.started(name, words, log, stdout=subprocess.PIPE)))
-        for process in started:
-            assert process.popen.stdout is not None
-            if not process.popen.stdout.readline().startswith("ready"):
-                process.popen.wait()
-                words = process.last_words()
-                raise DataError(words.partition("error: ")[2] or f"{process.name} did not start ({words})")
-        yield started
+class _Serving:
+    """`synthward-site serve` for all simulated sites, dealt to processes; one that dies is started again.
+
+    As at a hospital: the server asks a site that cannot be reached again, and what it had answered is stored.
+    """
+
+    def __init__(self, machine: _Machine, sites: list[Path], stack: ExitStack) -> None:
+        many = at_once(len(sites))
+        self._machine, self._stack, self._again = machine, stack, _MOST_STARTS
+        self._mine = [sites[number::many] for number in range(many)]
+        self._processes = [self._started(number) for number in range(many)]
+        for process in self._processes:
+            _wait_until_ready(process)
+
+    def look(self) -> None:
+        """Start a process that has ended again.
+
+        Raises:
+            FederationError: too often.
+        """
+        for number, process in enumerate(self._processes):
+            if process.popen.poll() is None:
+                continue
+            what = f"{process.name} ended ({process.last_words()})"
+            if self._again == 0:
+                raise FederationError(what)
+            self._again -= 1
+            print(f"warning: {what}; it is started again", file=sys.stderr, flush=True)
+            self._processes[number] = self._started(number)
+            _wait_until_ready(self._processes[number])
+
+    def _started(self, number: int) -> _Process:
+        mine, scratch = self._mine[number], self._machine.scratch
+        words = ["client.cli", "serve", "--while-stdin", "--sockets", str(scratch), *map(str, mine)]
+        name = f"the process of {' and '.join(path.stem for path in mine)}"
+        started = self._machine.started(name, words, scratch / f"log-{number}", stdout=subprocess.PIPE)
+        return self._stack.enter_context(started)
+
+
+def _wait_until_ready(process: _Process) -> None:
+    assert process.popen.stdout is not None
+    if not process.popen.stdout.readline().startswith("ready"):
+        process.popen.wait()
+        words = process.last_words()
+        raise DataError(words.partition("error: ")[2] or f"{process.name} did not start ({words})")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from common.protocol import (
     SiteFacts,
     Spent,
     TrainReply,
+    Unreachable,
     ValidateReply,
     decode_answer,
     decode_arrays,
@@ -55,11 +56,13 @@ class Collected:
         accepted: in the order of the nodes.
         reasons: by site (by node, where it has no name), why it is left out: one line of printable text.
         exhausted: sites that said no because their budget is used up.
+        unreachable: nodes whose site could not be reached, and what it is called in `reasons`.
     """
 
     accepted: list[Accepted] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     exhausted: list[str] = field(default_factory=list)
+    unreachable: dict[int, str] = field(default_factory=dict)
 
     @property
     def arrays(self) -> dict[str, Arrays]:
@@ -68,8 +71,9 @@ class Collected:
 
 
 def collect(
-    group: SiteGroup, members: Mapping[int, Member], requests: Requests, body: type[B], screen: Screen[B]
-) -> Collected:
+    group: SiteGroup, members: Mapping[int, Member], requests: Requests, body: type[B], screen: Screen[B], *,
+    before: Collected | None = None,
+) -> Collected:  # fmt: skip
     """Ask the sites, and take in what may be used.
 
     Args:
@@ -77,8 +81,11 @@ def collect(
         requests: by node, the question and its arrays.
         body: what the answers must be.
         screen: checks body and arrays of a node's answer.
+        before: what the same question brought, where it is asked again of some; it is added to.
     """
-    returned, collected = group.ask(requests), Collected()
+    returned, collected = group.ask(requests), before or Collected()
+    for node in requests:
+        collected.reasons.pop(collected.unreachable.pop(node, ""), None)
     for node in sorted(requests):
         member, answer, spent = members.get(node), None, None
         try:
@@ -87,6 +94,8 @@ def collect(
             answer, rest = decode_answer(returned.answers[node])
             _check_sender(answer, member, requests[node][0].agreement.study.privacy.epsilon)
             spent = answer.spent
+            if isinstance(answer.body, Unreachable):
+                raise ReplyError(answer.body.what, where="reply")
             if not isinstance(answer.body, Refusal):
                 collected.accepted.append(_accepted(node, answer, rest, member, collected, body, screen))
                 if member is not None:
@@ -99,7 +108,10 @@ def collect(
         collected.reasons[label] = _plain(reason)
         if answer is not None and _exhausted(answer.body):
             collected.exhausted.append(label)
+        if answer is not None and isinstance(answer.body, Unreachable):
+            collected.unreachable[node] = label
         _book(member, spent)
+    collected.accepted.sort(key=lambda accepted: accepted.node)
     return collected
 
 
@@ -154,6 +166,8 @@ def _label(node: int, member: Member | None, answer: Answer | None, collected: C
         return member.name
     taken = {*collected.reasons, *(other.site.name for other in collected.accepted)}
     said = answer.site.name if answer is not None and answer.site is not None else None
+    if answer is not None and isinstance(answer.body, Unreachable):
+        said = _plain(answer.body.carrier) or None
     return said if said is not None and said not in taken else f"node {node}"
 
 

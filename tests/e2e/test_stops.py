@@ -24,11 +24,11 @@ BEGUN = "train     1/"
 class _Started:
     """`synthward run` of a tiny study with many rounds, under way in its first ones."""
 
-    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, **environment):
+    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, rounds=60, **environment):
         (folder / "tiny.toml").write_text(tiny_toml())
         self.folder, self.log = folder, folder / "log"
         command = [python, "-P", "-m", "server.cli", "run", "tiny.toml", "--out", "my runs"]
-        command += ["--set", "training.rounds=60"]
+        command += ["--set", f"training.rounds={rounds}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
@@ -117,24 +117,27 @@ def test_it_ends_while_sites_still_approve(started):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "said"),
-    [
-        ("client.cli", "ended (signal 9"),
-        ("server.engine", "engine ended (signal 9"),
-        ("raylet", ""),
-        ("gcs_server", ""),
-    ],  # fmt: skip
+    ("victim", "said"), [("server.engine", "engine ended (signal 9"), ("raylet", ""), ("gcs_server", "")]
 )
-def test_a_process_that_dies_ends_the_run_which_goes_on_later(started, victim, said):
+def test_an_engine_that_dies_ends_the_run_which_goes_on_later(started, victim, said):
     run = started()
     run.one(victim).kill()
-    line = run.ended(within=90 if victim in ("raylet", "gcs_server") else 15)
+    line = run.ended(within=15 if victim == "server.engine" else 120)
     assert run.process.returncode == 1
     assert line.startswith("error: ") and said in line and "synthward run --resume" in line
     go_on = [sys.executable, "-P", "-m", "server.cli", "run", "--resume", str(run.run)]
     done = subprocess.run(go_on, cwd=run.folder, capture_output=True, text=True, check=False, timeout=600,
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert verify_checksums(run.run) == []
+
+
+@pytest.mark.slow
+def test_a_sites_process_that_dies_is_started_again_and_waited_for(started):
+    run = started(rounds=8)
+    run.one("client.cli").kill()
+    assert run.process.wait(400) == 0, run.text
+    assert "ended (signal 9" in run.text and "it is started again" in run.text
     assert verify_checksums(run.run) == []
 
 

@@ -32,7 +32,7 @@ class _Run:
     def __init__(self, tmp_path, study=STUDY, policies=("", "", "")):
         self.study = study
         self.folder = RunFolder.create(tmp_path / "runs", study, agreement(study).plan)
-        (tmp_path / "hospitals").mkdir()
+        (tmp_path / "hospitals").mkdir(parents=True)
         self.files = [
             make_site(tmp_path / "hospitals", f"site-{index + 1}", index=index, policy=policy)
             for index, policy in enumerate(policies)
@@ -407,3 +407,40 @@ def test_bad_moments_are_dropped_and_named(tmp_path):
     run.grid.tamper[3] = tampered(_nan, stage="moments")
     run.go()
     assert re.search(r"moments: site-3 left out: '\w+' has values that are not finite", run.out.getvalue())
+
+
+class _Away:
+    """The socket of a site whose process is not there for the first `times` that it is asked for."""
+
+    def __init__(self, socket, times):
+        self.socket, self.times = socket, times
+
+    def __str__(self):
+        self.times -= 1
+        return str(self.socket) if self.times < 0 else str(self.socket.parent / "away" / "site-2.sock")
+
+
+def test_a_site_that_cannot_be_reached_is_named_and_waited_for_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.session._AGAIN_SECONDS", 0.05)
+    run = _Run(tmp_path, tiny_study(federation={"min_sites": 3, "timeout_seconds": 30}, training={"rounds": 1}))
+    node = run.grid.get_node_ids()[1]
+    run.grid.sites[node] = _Away(run.grid.sites[node], times=3)
+    run.go()
+    text = run.out.getvalue()
+    assert text.count("waiting for site-2") == 3 and "its process does not answer at site-2.sock" in text
+    assert "left out" not in text and run.metrics()["rounds"] == 1
+    assert run.asked(2).count("counts") == 1
+
+
+def test_it_is_not_waited_for_where_the_others_are_enough_and_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.session._AGAIN_SECONDS", 0.05)
+    run = _Run(tmp_path, tiny_study(federation={"min_sites": 3, "timeout_seconds": 1}, training={"rounds": 1}))
+    node = run.grid.get_node_ids()[1]
+    run.grid.sites[node] = _Away(run.grid.sites[node], times=10**6)
+    with pytest.raises(FederationError, match="2 usable answers in 'enrol', 3 needed .site-2: its process does not"):
+        run.go()
+    enough = _Run(tmp_path / "enough", tiny_study(training={"rounds": 1}))
+    enough.grid.sites[node] = _Away(enough.grid.sites[node], times=10**6)
+    enough.go()
+    assert "waiting for" not in enough.out.getvalue()
+    assert "enrol: site-2 left out: its process does not answer" in enough.out.getvalue()
