@@ -28,6 +28,7 @@ from common.files import sha256_file
 from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
+_LOOK = "Export the images again; `synthward-site check --picture FILE.png` shows the most unusual ones."
 MOST_NAME = 200  # characters of who approves
 MOST_STUDIES = 64  # that are counted to say how many more a ceiling allows
 
@@ -85,14 +86,26 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     others: dict[Partition, list[PrivacyLoss]] = {p: _others(ledger, study, p) for p in PARTITIONS}
     after: dict[Partition, float] = {p: _together(policy, [*others[p], *plan.losses(p)]) for p in PARTITIONS}
     refusals: list[Refused] = list(policy.refusals(study, plan, site.cohort))
+    refusals += [PolicyRefusal(what, where="data", remedy=_LOOK) for what in site.content.refusals]
     refusals += [_over(p, after[p], policy) for p in PARTITIONS if after[p] > policy.max_epsilon]
     twice, warnings = _counted_twice(site, ledger, study)
     return Verdict(
         (*refusals, *_own_as_public(site, study), *twice), before, after,
         0 if refusals else _more(policy, others, plan),
-        (*_unit_warnings(site, study), *site.cohort.warnings(study), *site.report.warnings, *warnings),
+        (*_unit_warnings(site, study), *site.cohort.warnings(study), *site.report.warnings, *site.content.warnings,
+         *warnings),
         ledger.approval(study.sha256),
     )  # fmt: skip
+
+
+def require_meant(site: Site) -> None:
+    """See that the images are pictures at all.
+
+    Raises:
+        PolicyRefusal: their pixels cannot be meant.
+    """
+    for what in site.content.refusals:
+        raise PolicyRefusal(what, where="data", remedy=_LOOK)
 
 
 def clean_name(by: str) -> str:

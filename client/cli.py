@@ -64,18 +64,31 @@ def init(
 
 
 @app.command()
-def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
-    """Load the site's images and check them against a study; shows class counts on this screen only.
+def check(
+    sites: Sites,
+    study: StudyFile,
+    as_json: AsJson = False,
+    picture: Annotated[Path | None, typer.Option(help="also show the most unusual images", metavar="FILE.png")] = None,
+) -> None:
+    """Load the site's images and check them against a study; shows counts and brightness on this screen only.
 
-    Example: synthward-site check site.toml --study configs/pneumonia.toml
+    Example: synthward-site check site.toml --study configs/pneumonia.toml --picture unusual.png
     """
+    from client.approval import require_meant
     from client.site import Site
+    from common.errors import DataError
+    from common.files import atomic_write
 
+    if picture is not None and len(sites) > 1:
+        raise DataError("one picture shows one site", where="--picture", remedy="Give a single site file.")
     settings, plan = _tried(study, sites)
     rows = []
     for path in sites:
         site = Site.open(path, settings)
         site.config.policy.permit(settings, plan, site.cohort)
+        if picture is not None:
+            atomic_write(picture, site.unusual)
+        require_meant(site)
         rows.append(_row(site, *site.cohort.warnings(settings)))
     if as_json:
         print(json.dumps(rows))
@@ -85,6 +98,8 @@ def check(sites: Sites, study: StudyFile, as_json: AsJson = False) -> None:
         for part in ("train", "holdout"):
             counts = ", ".join(f"{n} {c}" for n, c in zip(settings.data.classes, row[part], strict=True))
             print(f"  {part:<8} {sum(row[part])} images: {counts}")
+        for line in row["looks"]:
+            print(f"  {line}")
         for warning in row["warnings"]:
             print(f"  warning  {warning}")
 
@@ -331,8 +346,17 @@ def _ledger(path: Path) -> tuple[SiteConfig, Ledger]:
 def _row(site: Site, *warnings: str) -> dict[str, Any]:
     """A site's exact numbers, for its own screen."""
     report = site.report
-    return {"name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
-            "holdout": list(report.holdout_counts), "warnings": [*warnings, *report.warnings]}  # fmt: skip
+    looks = [
+        f"{look.part:<8} {look.name}: brightness {look.brightness:.0f}, contrast {look.contrast:.0f}, pixels"
+        f" {look.darkest} to {look.brightest} of 255"
+        for look in site.content.looks
+        if look.images
+    ]
+    return {
+        "name": site.config.name, "units": len(site.train), "train": list(report.train_counts),
+        "holdout": list(report.holdout_counts), "warnings": [*warnings, *report.warnings, *site.content.warnings],
+        "looks": looks,
+    }  # fmt: skip
 
 
 def _ledgers(sites: list[Path]) -> Iterator[tuple[SiteConfig, Ledger]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from client.data.checks import SiteReport, check_splits
+from client.data.content import Content, look_at, sheet
 from client.data.sources import SourceConfig, Splits, open_source
 from client.privacy.fingerprints import Fingerprints
 from client.privacy.ledger import Ledger
@@ -25,7 +26,9 @@ from common.files import append_line
 from common.images import Units
 from common.protocol import SiteFacts, SiteName
 from common.settings import Settings, read_toml, settings_error_line
-from common.study import Study
+from common.study import DataConfig, Study
+
+MOST_SHOWN = 64  # unusual images on one picture
 
 
 class Performance(Settings):
@@ -75,6 +78,7 @@ class Site:
     Attributes:
         train, holdout: the partitions by the study's privacy unit.
         cohort: what the policy's smallest numbers are compared with when the study is approved.
+        schema: what the study says of its images.
     """
 
     config: SiteConfig
@@ -83,6 +87,7 @@ class Site:
     train: Units
     holdout: Units
     cohort: Cohort
+    schema: DataConfig
 
     @classmethod
     def open(cls, path: Path, study: Study) -> Site:
@@ -93,6 +98,16 @@ class Site:
         """
         data = getattr(load_site_config(path).data, "path", None)
         return _open(path, (_version(path), _version(data)), study)
+
+    @cached_property
+    def content(self) -> Content:
+        """What the pixels look like; exact numbers, for the site's own eyes."""
+        return look_at(self.splits, self.schema)
+
+    @property
+    def unusual(self) -> bytes:
+        """PNG of the train images that are least like the others."""
+        return sheet(self.splits.train, self.content.unusual[:MOST_SHOWN])
 
     @cached_property
     def _fingerprints(self) -> dict[bytes, Fingerprints]:
@@ -161,4 +176,4 @@ def _open(path: Path, _versions: object, study: Study) -> Site:
     except DataError as error:
         raise DataError(error.what, where=f"{where}: train_groups", remedy=error.remedy) from error
     cohort = Cohort.of(train, holdout, len(study.data.classes))
-    return Site(config, splits, report, train, holdout, cohort)
+    return Site(config, splits, report, train, holdout, cohort, study.data)

@@ -125,11 +125,11 @@ def test_no_rule_about_the_records_is_asked_when_a_request_comes():
 def test_delta_is_held_against_the_smaller_partition(delta, refused, warned):
     """60 units in train, 30 held out: over 1/30 is refused, over 1/300 warned of."""
     study, cohort = tiny_study(privacy={"delta": delta}), Cohort(60, 30, 20, patients_known=False)
-    policy = SitePolicy(max_study_delta=0.9, max_delta=0.9)
-    wheres = [refusal.where for refusal in policy.refusals(study, plan_study(study), cohort)]
+    policy, plan = SitePolicy(max_study_delta=0.9, max_delta=0.9), plan_study(tiny_study())
+    wheres = [refusal.where for refusal in policy.refusals(study, plan, cohort)]
     assert wheres == (["privacy.delta"] if refused else [])
     assert bool(cohort.warnings(study)) == warned
-    assert "privacy.delta" not in [refusal.where for refusal in policy.refusals(study, plan_study(study))]
+    assert "privacy.delta" not in [refusal.where for refusal in policy.refusals(study, plan)]
 
 
 def test_a_mechanism_that_does_not_exist_cannot_be_allowed():

@@ -1,0 +1,183 @@
+"""What the pixels look like: brightness, contrast, range, copies, and images that an export has spoilt.
+
+SPDX-License-Identifier: Apache-2.0
+
+The type of an array says nothing of what is in it. Pixels of 0 to 15, images that are white where they should be black,
+or the same patient in both parts cost a study its budget and give nothing. Exact numbers, so for the site's own eyes.
+N images, C channels, S pixels a side, T numbers of a thumbnail.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from client.data.splits import Splits
+from common.images import ImageSet
+from common.study import DataConfig
+
+Floats = NDArray[np.float64]
+_SIDE = 8  # pixels a side of a thumbnail
+_DARKEST_WHITE = 31  # a set whose brightest pixel is no brighter was written with too few bits
+_DIM, _FLAT = 100, 8.0  # brightest pixel and mean contrast, below which a set is looked at twice
+_MOST_CONSTANT = 0.5  # share of flat images that cannot be meant
+_SHARED_SHAPE = 0.35  # share of the thumbnails' energy in one pattern, from which on images of the other sign stand out
+_OPPOSITE = -0.35  # correlation with that pattern: below it an image is the negative of the others
+_ALIKE = 0.999  # correlation of thumbnails that makes two images near copies
+_MOST_PAIRS = 200_000_000
+_SHIFT = 40.0  # grey levels between the parts' mean brightness
+
+
+@dataclass(frozen=True)
+class Looks:
+    """One class in one part.
+
+    Attributes:
+        brightness, contrast: mean over images of a pixel's mean and standard deviation, 0 to 255.
+        darkest, brightest: over all pixels.
+    """
+
+    part: str
+    name: str
+    images: int
+    brightness: float
+    contrast: float
+    darkest: int
+    brightest: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was seen.
+
+    Attributes:
+        refusals: what cannot be meant; a study on these images is not approved.
+        warnings: what should be looked at, one line each.
+        unusual: positions of the train images that are least like the others, the most unusual first.
+    """
+
+    looks: tuple[Looks, ...]
+    refusals: tuple[str, ...]
+    warnings: tuple[str, ...]
+    unusual: tuple[int, ...]
+
+
+def look_at(splits: Splits, schema: DataConfig) -> Content:
+    """Look at every image of both parts; nothing is changed."""
+    parts = {"train": splits.train, "holdout": splits.holdout}
+    looks = tuple(_looks(part, name, images, kind) for part, images in parts.items()
+                  for kind, name in enumerate(schema.classes))  # fmt: skip
+    small = {part: _thumbnails(images.images) for part, images in parts.items()}
+    refusals, warnings = list[str](), list[str]()
+    for part, images in parts.items():
+        _range(part, images, refusals, warnings)
+        _constant(part, images, refusals)
+        _inverted(part, small[part], warnings)
+        again = len(images) - len({image.tobytes() for image in images.images})
+        if again:
+            warnings.append(f"{part}: {again} image(s) are exact copies of others in it")
+    near = _near_copies(small["train"], small["holdout"])
+    if near:
+        warnings.append(f"{near} holdout image(s) look like copies of train ones: are patients in both parts?")
+    apart = abs(float(splits.train.images.mean()) - float(splits.holdout.images.mean()))
+    if apart > _SHIFT:
+        warnings.append(f"train and holdout differ by {apart:.0f} grey levels in mean brightness: another export?")
+    return Content(looks, tuple(refusals), tuple(warnings), _unusual(splits.train, small["train"]))
+
+
+def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int = 64) -> bytes:
+    """PNG of some images side by side, for the site's own eyes."""
+    lines = -(-len(rows) // columns)
+    page = Image.new("RGB", (columns * side, max(1, lines) * side), "white")
+    for place, row in enumerate(rows):
+        pixels = images.images[row].transpose(1, 2, 0)
+        tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+        page.paste(tile.convert("RGB").resize((side, side)), (place % columns * side, place // columns * side))
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _looks(part: str, name: str, images: ImageSet, kind: int) -> Looks:
+    mine = images.images[images.labels == kind]
+    if not len(mine):
+        return Looks(part, name, 0, float("nan"), float("nan"), 0, 0)
+    flat = mine.reshape(len(mine), -1)
+    contrast = float(flat.std(axis=1, dtype=np.float32).mean())
+    return Looks(part, name, len(mine), float(flat.mean()), contrast, int(flat.min()), int(flat.max()))
+
+
+def _range(part: str, images: ImageSet, refusals: list[str], warnings: list[str]) -> None:
+    """Bits: a mask or a 4-bit export is valid uint8, and black to whoever looks at it."""
+    low, high, values = int(images.images.min()), int(images.images.max()), len(np.unique(images.images))
+    between = f"{part}: all pixels lie between {low} and {high} of 255"
+    if high <= _DARKEST_WHITE:
+        refusals.append(f"{between}: black to the eye, so the export lost bits")
+    elif low >= 255 - _DARKEST_WHITE:
+        refusals.append(f"{between}: white to the eye")
+    elif values <= 2:
+        refusals.append(f"{part}: pixels have {values} values, {low} and {high}: masks, and no images")
+    elif high < _DIM or values <= 16:
+        warnings.append(f"{between} and have {values} values: look at the export's bits")
+    elif float(images.images.reshape(len(images), -1).std(axis=1, dtype=np.float32).mean()) < _FLAT:
+        warnings.append(f"{part}: images hardly vary (mean contrast below {_FLAT:.0f} grey levels)")
+
+
+def _constant(part: str, images: ImageSet, refusals: list[str]) -> None:
+    flat = images.images.reshape(len(images), -1)
+    share = float((flat.min(axis=1) == flat.max(axis=1)).mean())
+    if share > _MOST_CONSTANT:
+        refusals.append(f"{part}: {share:.0%} of the images are one flat colour")
+
+
+def _inverted(part: str, small: Floats, warnings: list[str]) -> None:
+    """Images that are the negative of the rest, where all share a pattern: of chests or eyes they do, of cells not."""
+    if len(small) < 8:
+        return
+    values, vectors = np.linalg.eigh(small.T @ small / len(small))
+    pattern = small @ vectors[:, -1]
+    if values[-1] / max(float(values.sum()), 1e-12) < _SHARED_SHAPE:
+        return
+    pattern *= 1.0 if (pattern > 0).sum() * 2 >= len(pattern) else -1.0
+    many = int((pattern < _OPPOSITE).sum())
+    if many:
+        warnings.append(f"{part}: {many} image(s) look like negatives of the others (MONOCHROME1 not inverted?)")
+
+
+def _near_copies(train: Floats, holdout: Floats) -> int:
+    """Holdout images with a train image of the same thumbnail, of as many as are compared in seconds."""
+    few = holdout[: max(1, _MOST_PAIRS // max(1, len(train)))]
+    alive = train[np.abs(train).max(axis=1) > 0]
+    if not len(alive):
+        return 0
+    blocks = [few[start : start + 512] @ alive.T for start in range(0, len(few), 512)]
+    return sum(int((block.max(axis=1) > _ALIKE).sum()) for block in blocks)
+
+
+def _unusual(images: ImageSet, small: Floats) -> tuple[int, ...]:
+    """By how far brightness, contrast and likeness to the mean image are from their medians, in robust units."""
+    flat = images.images.reshape(len(images), -1)
+    mean = small.mean(axis=0)
+    seen = np.stack([flat.mean(axis=1), flat.std(axis=1, dtype=np.float32), small @ mean], axis=1)
+    middle = np.median(seen, axis=0)
+    spread = np.median(np.abs(seen - middle), axis=0) + 1e-6
+    far: Floats = (np.abs(seen - middle) / spread).max(axis=1)
+    return tuple(int(row) for row in np.argsort(-far, kind="stable"))
+
+
+def _thumbnails(images: NDArray[np.uint8]) -> Floats:
+    """(N, T): brightness averaged to a few pixels a side, of mean 0 and norm 1; 0 where an image is flat."""
+    side = min(_SIDE, images.shape[-1])
+    edges = np.linspace(0, images.shape[-1], side + 1).astype(int)[:-1]
+    grey = images.mean(axis=1, dtype=np.float32)
+    sizes = np.diff([*edges, images.shape[-1]])
+    cells = np.add.reduceat(np.add.reduceat(grey, edges, axis=1), edges, axis=2) / np.outer(sizes, sizes)
+    rows = cells.reshape(len(images), -1).astype(np.float64)
+    rows -= rows.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(norms > 1e-6 * side, rows / np.maximum(norms, 1e-12), 0.0)

@@ -1,0 +1,98 @@
+"""What is wrong with pixels of the right type: each kind of spoilt export is seen; phantoms are none."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from client.data.content import look_at, sheet
+from client.data.phantoms import PhantomConfig, draw_phantoms
+from client.data.splits import Splits
+from common.images import ImageSet
+from common.study import DataConfig
+
+SCHEMA = DataConfig(image_size=32, channels=1, classes=("clear", "opacity"))
+PHANTOMS, _ = draw_phantoms(PhantomConfig(source="phantoms", modality="radiology", records=400, seed=2), SCHEMA)
+
+
+def _changed(change, *, part="train") -> Splits:
+    """The phantoms, `change`d in one part: a function of pixels (N, 1, 32, 32)."""
+    parts = {"train": PHANTOMS.train, "holdout": PHANTOMS.holdout}
+    before = parts[part]
+    parts[part] = ImageSet(change(before.images.copy()), before.labels, before.patients)
+    return Splits(parts["train"], parts["holdout"], phantom=True)
+
+
+def test_whole_images_are_as_they_should_be():
+    found = look_at(PHANTOMS, SCHEMA)
+    assert found.refusals == () and found.warnings == ()
+    assert [(look.part, look.name, look.images) for look in found.looks] == [
+        (part, name, int((images.labels == kind).sum()))
+        for part, images in (("train", PHANTOMS.train), ("holdout", PHANTOMS.holdout))
+        for kind, name in enumerate(SCHEMA.classes)
+    ]
+    mine = PHANTOMS.train.images[PHANTOMS.train.labels == 0]
+    assert found.looks[0].brightness == pytest.approx(mine.mean())
+    assert (found.looks[0].darkest, found.looks[0].brightest) == (mine.min(), mine.max())
+    assert sorted(found.unusual) == list(range(len(PHANTOMS.train)))
+
+
+@given(bits=st.integers(1, 5), part=st.sampled_from(["train", "holdout"]))
+@settings(max_examples=20, deadline=None)
+def test_too_few_bits_are_refused(bits, part):
+    found = look_at(_changed(lambda x: x >> (8 - bits), part=part), SCHEMA)
+    assert len(found.refusals) == 1 and found.refusals[0].startswith(f"{part}: all pixels lie between 0 and")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda x: np.where(x > 128, 255, 0).astype(np.uint8), "masks"),
+     (lambda x: np.full_like(x, 255), "white to the eye"),
+     (lambda x: (224 + (x >> 3)).astype(np.uint8), "white to the eye"),
+     (lambda x: np.where(np.arange(len(x))[:, None, None, None] % 3 > 0, 90, x).astype(np.uint8), "one flat colour")],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(change, words):
+    assert any(words in line for line in look_at(_changed(change), SCHEMA).refusals)
+
+
+@given(share=st.floats(0.02, 0.5), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_negatives_among_the_images_are_counted(share, seed):
+    wrong = np.random.default_rng(seed).random(len(PHANTOMS.train)) < share
+    wrong[0] = True
+    found = look_at(_changed(lambda x: np.where(wrong[:, None, None, None], 255 - x, x)), SCHEMA)
+    (line,) = [line for line in found.warnings if "negatives" in line]
+    said, true = int(line.split()[1]), min(int(wrong.sum()), int((~wrong).sum()))
+    assert 0.8 * true <= said <= true + 0.02 * len(wrong) or said == pytest.approx(len(wrong) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda x: (x >> 2).astype(np.uint8), "look at the export's bits"),
+     (lambda x: (x // 32 * 32).astype(np.uint8), "look at the export's bits"),
+     (lambda x: (120 + x / 10).astype(np.uint8), "hardly vary"),
+     (lambda x: np.concatenate([x[:-5], x[:5]]), "5 image(s) are exact copies"),
+     (lambda x: np.minimum(x.astype(int) + 70, 255).astype(np.uint8), "another export?")],
+)  # fmt: skip
+def test_what_should_be_looked_at_is_said(change, words):
+    found = look_at(_changed(change), SCHEMA)
+    assert any(words in line for line in found.warnings), found
+
+
+def test_near_copies_over_the_two_parts_are_counted():
+    noise = np.random.default_rng(0).integers(-2, 3, (7, 1, 32, 32))
+    near = np.clip(PHANTOMS.train.images[:7].astype(int) + noise, 0, 255).astype(np.uint8)
+    found = look_at(_changed(lambda x: np.concatenate([near, x[7:]]), part="holdout"), SCHEMA)
+    assert any(line.startswith("7 holdout image(s) look like copies") for line in found.warnings), found.warnings
+
+
+def test_the_strangest_image_comes_first_and_is_shown():
+    found = look_at(_changed(lambda x: np.concatenate([x[:20], np.zeros_like(x[:1]), x[21:]])), SCHEMA)
+    assert found.unusual[0] == 20
+    page = Image.open(io.BytesIO(sheet(PHANTOMS.train, found.unusual[:20])))
+    assert page.size == (16 * 64, 2 * 64)
