@@ -58,7 +58,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         return StorageError(
             f"no space left to write it ({error.strerror})",
             where=str(path),
-            remedy="Free some space and go on with `synthward run --resume RUN`; nothing that was saved is lost.",
+            remedy="Free some space and try again, or go on; nothing that was saved is lost.",
         )
     return StorageError(str(error.strerror or error), where=str(path), remedy="Check the path and its permissions.")
 

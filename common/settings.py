@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import SynthwardError
 
+_JOINERS = "\u200c\u200d"
+
 
 def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str, Any]:
     """Read a settings file.
@@ -32,6 +34,19 @@ def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str
         ) from cause  # fmt: skip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
         raise error(f"not valid TOML: {cause}", where=str(path), remedy="Fix that line.") from cause
+
+
+def harmless(text: str) -> str:
+    """Text as it is, where no terminal or page can take a part of it for a command, or show it as something else.
+
+    Raises:
+        ValueError: a control character, a mark that turns the order of letters, or one that cannot be seen; joiners,
+            which Persian and Indian scripts need, are fine.
+    """
+    for letter in text:
+        if not letter.isprintable() and letter not in _JOINERS:
+            raise ValueError(f"a character that cannot be shown (U+{ord(letter):04X})")
+    return text
 
 
 class Settings(BaseModel):

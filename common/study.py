@@ -14,10 +14,10 @@ import hashlib
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.files import canonical_json
-from common.settings import Settings
+from common.settings import Settings, harmless
 
 Modality = Literal["radiology", "ophthalmology", "histopathology"]
 Symmetry = Literal["none", "hflip", "dihedral"]
@@ -26,7 +26,8 @@ _SYMMETRIES: dict[Modality, Symmetry] = {  # the heart is on one side; eyes come
 }  # fmt: skip
 
 
-Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Shown = Annotated[str, AfterValidator(harmless)]  # one party writes it, and others see it on screen, page and report
+Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$"), AfterValidator(harmless)]
 Side = Annotated[int, Field(ge=1, le=16)]
 Depth = Annotated[int, Field(ge=0, le=16)]
 MOST_CHANNELS = 1024  # of the network's deepest level
@@ -40,7 +41,7 @@ ENVIRONMENT: dict[str, Any] = {  # settings of the machine that runs a study: no
 class StudyInfo(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="lower case, digits, hyphens")
     modality: Modality
-    description: str = Field(default="", max_length=2000)
+    description: Shown = Field(default="", max_length=2000)
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="seeds the server's public choices only (initial weights, sampling)"
     )
