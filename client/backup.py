@@ -2,8 +2,9 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-Copying the folder while `serve` answers gives pieces of two moments, which no command takes. A backup is made under the
-ledger's write lock, by SQLite's own copy. What was spent after it no backup can know: `restore` says so, every time.
+Copying the folder while `serve` answers gives pieces of two moments, which no command takes. A backup takes the ledger
+by SQLite's own copy, and the files beside it as they were listed at that moment. What was spent after it no backup can
+know: `restore` says so, every time.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import shutil
 import sqlite3
 import tarfile
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import quote
 
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Entry, Ledger
 from common.errors import StorageError
 from common.files import SPOILT, atomic_write, canonical_json, storage_error
 
 _LAST = "backup.json"  # the SHA-256 of every file before it: a tar that was cut short may look whole
-_LEFT_OUT = (
-    "ledger.sqlite",
-    "ledger.sqlite-wal",
-    "ledger.sqlite-shm",
-    "service.lock",
-    _LAST,
-)  # the first is copied by SQLite
+_SQLITE, _HEAD = "ledger.sqlite", "ledger.head"
+_LEFT_OUT = (f"{_SQLITE}-wal", f"{_SQLITE}-shm", "service.lock", _LAST)
+_OTHER = "Use another one."
 
 
 def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
@@ -42,16 +43,18 @@ def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
     """
     if file.exists():
         raise StorageError("is there already", where=str(file), remedy="Give a new name for every backup.")
-    state, half = ledger.state, file.with_name(f".{file.name}.half")
+    state, half, sums = ledger.state, file.with_name(f".{file.name}.{secrets.token_hex(4)}"), dict[str, str]()
     try:
-        with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            with ledger.chain.exclusive(), tarfile.open(fileobj=out, mode="w") as tar:
-                newest, sums = ledger.head(), dict[str, str]()
-                sums["ledger.sqlite"] = _add(tar, "ledger.sqlite", _copied(state / "ledger.sqlite"))
-                for path in sorted(p for p in state.rglob("*") if p.is_file() and not p.name.startswith(".")):
-                    name = path.relative_to(state).as_posix()
-                    if name not in _LEFT_OUT:
-                        sums[name] = _add(tar, name, path.read_bytes())
+        with ledger.chain.exclusive():  # for this moment alone: whoever waits for it is answered late
+            newest, database, head = ledger.head(), _copied(state / _SQLITE), (state / _HEAD).read_bytes()
+            names = sorted(p.relative_to(state).as_posix() for p in state.rglob("*") if p.is_file())
+        handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(handle, "wb") as out:
+            with tarfile.open(fileobj=out, mode="w") as tar:
+                sums[_SQLITE], sums[_HEAD] = _add(tar, _SQLITE, database), _add(tar, _HEAD, head)
+                for name in names:
+                    if name not in (_SQLITE, _HEAD, *_LEFT_OUT) and not Path(name).name.startswith("."):
+                        sums[name] = _add(tar, name, (state / name).read_bytes())
                 _add(tar, _LAST, canonical_json(sums).encode())
             out.flush()
             os.fsync(out.fileno())
@@ -63,48 +66,67 @@ def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
     return newest
 
 
-def restore(file: Path, state: Path) -> tuple[int, str, str]:
+def restore(file: Path, state: Path, *, accept: Callable[[Ledger], None]) -> Entry:
     """Put a backup back, into a folder that is not there or empty.
 
+    Args:
+        accept: looks at the restored ledger before it takes its place, and raises where it must not.
+
     Returns:
-        Number, hash and time of the newest entry: what was spent after it nobody here knows.
+        The newest entry: what was spent after it nobody here knows.
 
     Raises:
-        StorageError: the folder is not empty, or the file is no whole backup; nothing is left behind then.
+        StorageError: the folder is not empty, or the file is no whole backup, or `accept` says no; nothing is left
+            behind then.
     """
     if state.exists() and any(state.iterdir()):
         raise StorageError(
             "not empty", where=str(state),
             remedy="Move what is there away first, and keep it: it may know of losses that the backup does not.",
         )  # fmt: skip
-    written = list[Path]()
+    beside = state.with_name(f".{state.name}.{secrets.token_hex(4)}")
     try:
-        with tarfile.open(file) as tar:
-            state.mkdir(parents=True, exist_ok=True, mode=0o700)
-            members = tar.getmembers()
-            if not members or members[-1].name != _LAST:
-                raise StorageError("cut short, or no backup of a site", where=str(file), remedy="Use another one.")
-            sums: dict[str, str] = json.loads(_read(tar, members.pop()))
-            if sorted(sums) != sorted(member.name for member in members):
-                raise StorageError("not the files that it lists", where=str(file), remedy="Use another one.")
-            for member in members:
-                written.append(_put(tar, member, state, sums[member.name]))
-        with closing(Ledger.open(state)) as ledger:
+        beside.mkdir(parents=True, mode=0o700)
+        _unpack(file, beside)
+        with closing(Ledger.open(beside)) as ledger:
+            accept(ledger)
             newest = ledger.entries()[-1]
-            return newest.number, newest.hash, newest.at
-    except (tarfile.TarError, *SPOILT, TypeError, StorageError) as error:
-        for path in written:
-            path.unlink(missing_ok=True)
-        if isinstance(error, StorageError):
-            raise
-        if isinstance(error, OSError) and not file.is_file():
-            raise storage_error(error, file) from error
-        raise StorageError("no whole backup of a site", where=str(file), remedy="Use another one.") from error
+        with suppress(FileNotFoundError):
+            state.rmdir()
+        beside.rename(state)
+        return newest
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(error, Path(str(error.filename or file))) from error
+    except (tarfile.TarError, sqlite3.Error, *SPOILT, TypeError, IndexError) as error:
+        raise StorageError("no whole backup of a site", where=str(file), remedy=_OTHER) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Every file of a backup, each held against its checksum."""
+    with tarfile.open(file) as tar:
+        members = tar.getmembers()
+        if not members or members[-1].name != _LAST:
+            raise StorageError("cut short, or no backup of a site", where=str(file), remedy=_OTHER)
+        sums: dict[str, str] = json.loads(_read(tar, members.pop()))
+        if sorted(sums) != sorted(member.name for member in members):
+            raise StorageError("not the files that it lists", where=str(file), remedy=_OTHER)
+        for member in members:
+            path, data = folder / member.name, _read(tar, member)
+            if os.path.isabs(member.name) or not path.resolve().is_relative_to(folder.resolve()):
+                raise StorageError(f"'{member.name[:80]}' in it is no place here", where=str(file), remedy=_OTHER)
+            if hashlib.sha256(data).hexdigest() != sums[member.name]:
+                raise StorageError(f"'{member.name[:80]}' in it was changed", where=str(file), remedy=_OTHER)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            atomic_write(path, data)
 
 
 def _copied(path: Path) -> bytes:
     """The database as one file, without the journal that lies beside it."""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source:
+    with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as source:
         return source.serialize()
 
 
@@ -119,17 +141,5 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> str:
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     source = tar.extractfile(member) if member.isfile() else None
     if source is None:
-        raise StorageError(f"'{member.name[:80]}' in it is no file", where=str(tar.name), remedy="Use another one.")
+        raise StorageError(f"'{member.name[:80]}' in it is no file", where=str(tar.name), remedy=_OTHER)
     return source.read()
-
-
-def _put(tar: tarfile.TarFile, member: tarfile.TarInfo, state: Path, digest: str) -> Path:
-    """One file of it, where it was."""
-    path, data = state / member.name, _read(tar, member)
-    if os.path.isabs(member.name) or not path.resolve().is_relative_to(state.resolve()):
-        raise StorageError(f"'{member.name[:80]}' in it is no place here", where=str(tar.name), remedy="Use another.")
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise StorageError(f"'{member.name[:80]}' in it was changed", where=str(tar.name), remedy="Use another one.")
-    path.parent.mkdir(exist_ok=True, mode=0o700)
-    atomic_write(path, data)
-    return path

@@ -48,12 +48,13 @@ def init(
     """
     from client.beginning import begin
     from client.owner import act_as_owner
+    from client.site import load_site_config
     from common.errors import DataError
 
     if len(sites) > 1 and (name is not None or data is not None):
         raise DataError("one name and one file of images are of one site", where="init", remedy="Give one SITE.toml.")
     for site in sites:
-        act_as_owner(site.absolute().parent)
+        act_as_owner(load_site_config(site).state if name is None and site.exists() else site.absolute().parent)
         config = begin(site, name, data)
         if name is not None:
             print(f"{site}: written; read its [policy] and set this hospital's ceilings")
@@ -312,11 +313,11 @@ def restore(
 
     config = load_site_config(site)
     act_as_owner(config.state)
-    number, newest, at = put_back(backup, config.state)
-    print(f"{config.name}: {number} entries, the newest of {at}, hash {newest}")
+    registry = Registry(config.registry)
+    with registry.locked():
+        newest = put_back(backup, config.state, accept=registry.require_not_older)
+    print(f"{config.name}: {newest.number} entries, the newest of {newest.at}, hash {newest.hash}")
     print("Losses after that are not in it. If an answer may have been given since, treat these images as spent.")
-    with closing(config.ledger()) as ledger, Registry(config.registry).locked():
-        Registry(config.registry).place(config.name, ledger)
 
 
 @app.command("verify-ledger")

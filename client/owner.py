@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pwd
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import StorageError
@@ -37,11 +38,16 @@ def act_as_owner(path: Path) -> None:
             remedy=f"Run it as {name}: everything of a site belongs to one user.",
         )  # fmt: skip
     print(f"acting as user {name}, to whom {there} belongs", file=sys.stderr, flush=True)
-    os.setgroups(os.getgrouplist(name, found.st_gid) if not name.isdigit() else [found.st_gid])
-    os.setgid(found.st_gid)
+    group, home, groups = found.st_gid, str(there), [found.st_gid]
+    with suppress(KeyError):  # a user of this machine has a group, a home and a name of its own
+        known = pwd.getpwuid(found.st_uid)
+        group, home, groups = known.pw_gid, known.pw_dir, os.getgrouplist(known.pw_name, known.pw_gid)
+    os.setgroups(groups)
+    os.setgid(group)
     os.setuid(found.st_uid)
-    os.environ.pop("XDG_STATE_HOME", None)  # root's own list of ledgers is another one
-    os.environ["HOME"] = str(there) if name.isdigit() else pwd.getpwuid(found.st_uid).pw_dir
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "TMPDIR"):
+        os.environ.pop(variable, None)  # they are root's: above all its own list of ledgers
+    os.environ |= {"HOME": home, "USER": name, "LOGNAME": name}
 
 
 def _name(uid: int) -> str:

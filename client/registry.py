@@ -102,6 +102,17 @@ class Registry:
                 rest.append(known)
         self._write([*rest, here])
 
+    def require_not_older(self, ledger: Ledger) -> None:
+        """See that a ledger, wherever it lies, has every entry that it had when it was last looked at.
+
+        Raises:
+            StorageError: it has not.
+        """
+        here = Known.of("", ledger)
+        for known in self.known():
+            if known.ledger == here.ledger:
+                _require_newer(known, here, ledger)
+
     def others(self, ledger: Ledger) -> list[Known]:
         """Every listed ledger but this one."""
         return [known for known in self.known() if known.ledger != ledger.identity]
@@ -134,6 +145,10 @@ def _require_same(known: Known, here: Known, ledger: Ledger) -> None:
             f"this ledger is a copy of the one at {known.state}", where=here.state,
             remedy="Two copies would each count a part: keep the one that was used last, remove the other.",
         )  # fmt: skip
+    _require_newer(known, here, ledger)
+
+
+def _require_newer(known: Known, here: Known, ledger: Ledger) -> None:
     if (known.entries, known.hash) not in [(entry.number, entry.hash) for entry in ledger.entries()]:
         raise StorageError(
             f"the ledger had {known.entries} entries before and lacks some of them: an older backup was restored",

@@ -29,6 +29,7 @@ import grpc
 from client.privacy.gate import Gate, Released
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import NoiseSource
+from client.registry import Registry
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
 from client.stages.features import features
@@ -65,6 +66,7 @@ class SiteService:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen: tuple[int, str] | None = None  # the newest entry of the ledger after the last answer
 
     def answer(self, data: bytes) -> bytes:
         """The bytes of a released reply, or of a readable refusal; never raises for what a request contains."""
@@ -75,10 +77,35 @@ class SiteService:
                 raise ReplyError(f"a request of over {config.performance.max_message_mb} MiB", where="request")
             request, rest = decode_request(data)
             with closing(config.ledger()) as ledger:
-                return self._released(config, ledger, request, rest, identity(data)).data
+                self._require_same(config, ledger)
+                try:
+                    return self._released(config, ledger, request, rest, identity(data)).data
+                finally:
+                    self._note(config, ledger)
         except Exception as error:  # the text of an exception may speak of records: only known, clean texts go out
             _log(config, error)
             return _refusal(config, request, error)
+
+    def _require_same(self, config: SiteConfig, ledger: Ledger) -> None:
+        """See that nobody has put an older ledger, or another one, in the place of the one we answered from."""
+        if self._seen is not None and self._seen not in [(entry.number, entry.hash) for entry in ledger.entries()]:
+            raise StorageError(
+                "the ledger lacks entries that it had a moment ago: an older one was put in its place",
+                where=str(config.state), remedy="Put the newest one back; until then nobody gets an answer.",
+            )  # fmt: skip
+
+    def _note(self, config: SiteConfig, ledger: Ledger) -> None:
+        """Remember the newest entry, here and in the machine's list, so that an older backup shows."""
+        newest = ledger.head()
+        if newest == self._seen:
+            return
+        self._seen = newest
+        registry = Registry(config.registry)
+        try:
+            with registry.locked():
+                registry.place(config.name, ledger)
+        except StorageError as error:  # it is only the second witness
+            _log(config, error)
 
     def _released(self, config: SiteConfig, ledger: Ledger, request: Request, rest: bytes, number: str) -> Released:
         study, gate = request.agreement.study, _gate(config, ledger, request, number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+import unicodedata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import SynthwardError
 
-_JOINERS = "\u200c\u200d"
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_FINE = "\n\t\u200c\u200d"
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters that show nothing
 
 
 def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str, Any]:
@@ -39,12 +42,13 @@ def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str
 def harmless(text: str) -> str:
     """Text as it is, where no terminal or page can take a part of it for a command, or show it as something else.
 
+    Line ends and tabs are fine, and so are blanks of any width and the joiners that some scripts need.
+
     Raises:
-        ValueError: a control character, a mark that turns the order of letters, or one that cannot be seen; joiners,
-            which Persian and Indian scripts need, are fine.
+        ValueError: a control character, a mark that turns the order of letters, or one that cannot be seen.
     """
     for letter in text:
-        if not letter.isprintable() and letter not in _JOINERS:
+        if letter in _BLANKS or (unicodedata.category(letter) in _UNSEEN and letter not in _FINE):
             raise ValueError(f"a character that cannot be shown (U+{ord(letter):04X})")
     return text
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from common.errors import StorageError
 
+_PATIENCE_SECONDS = 2.0
 LONGEST = 107  # bytes of a socket's path (Linux, unix(7))
 
 
@@ -39,10 +40,13 @@ def require_free(path: Path) -> None:
     if not there:
         raise StorageError("is no socket", where=str(path), remedy="Move it away, or give another folder.")
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PATIENCE_SECONDS)
         try:
             probe.connect(str(path))
         except PermissionError as error:
             raise StorageError("a socket of another user", where=str(path), remedy="Give another folder.") from error
+        except TimeoutError:
+            pass  # somebody is there, and busy
         except OSError:
             return
     raise StorageError(

@@ -176,14 +176,26 @@ def _while_solving(
     study: Study, ask: Callable[[Path, list[Path]], list[SiteCheck]], file: Path, sites: list[Path]
 ) -> tuple[StudyPlan, list[SiteCheck]]:
     """(plan, what the sites say): the sites solve the same plan for themselves, at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
+    import threading
 
     from common.accounting import plan_study
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        asked = pool.submit(ask, file, sites)
-        plan = plan_study(study)
-        return plan, asked.result()
+    found: list[StudyPlan | Exception] = []
+
+    def solve() -> None:
+        try:
+            found.append(plan_study(study))
+        except Exception as error:
+            found.append(error)
+
+    solving = threading.Thread(target=solve, daemon=True)  # a stop does not wait for it
+    solving.start()
+    asked = ask(file, sites)  # in this thread: a stop ends the sites' command at once
+    solving.join()
+    (plan,) = found
+    if isinstance(plan, Exception):
+        raise plan
+    return plan, asked
 
 
 def _go_on(path: Path) -> None:

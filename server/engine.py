@@ -70,7 +70,11 @@ def main(run: str, sites: str, at_once: str, scratch: str) -> None:
     except BaseException:
         traceback.print_exc()
         _exit(FAILED)
-    write_json(Path(scratch) / OUTCOME, told)
+    try:
+        write_json(Path(scratch) / OUTCOME, told)
+    except BaseException:
+        traceback.print_exc()
+        _exit(FAILED)
     _exit(0)
 
 

@@ -104,8 +104,9 @@ class _Process:
     def end(self) -> None:
         """End it at once: it can be killed at any moment without losing anything."""
         below = list[psutil.Process]()
-        with suppress(psutil.Error):
-            below = psutil.Process(self.popen.pid).children(recursive=True)
+        if self.popen.poll() is None:  # else its number may be another process's by now
+            with suppress(psutil.Error):
+                below = psutil.Process(self.popen.pid).children(recursive=True)
         self.popen.kill()  # first, or it would tell at length what becomes of them
         _kill(below)
         with suppress(OSError):
@@ -115,7 +116,12 @@ class _Process:
 def _watch(engine: _Process, serving: _Serving) -> None:
     """Wait for the engine's end, while the sites' processes live."""
     while engine.popen.poll() is None:
-        serving.look()
+        try:
+            serving.look()
+        except SynthwardError:
+            if engine.popen.poll() is not None:  # it needed them no more
+                return
+            raise
         time.sleep(_LOOK_SECONDS)
 
 

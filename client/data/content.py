@@ -9,6 +9,7 @@ N images, C channels, S pixels a side, T numbers of a thumbnail.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _SHARED_SHAPE = 0.35  # share of the thumbnails' energy in one pattern, from whi
 _OPPOSITE = -0.35  # correlation with that pattern: below it an image is the negative of the others
 _ALIKE = 0.999  # correlation of thumbnails that makes two images near copies
 _MOST_PAIRS = 200_000_000
+_AT_ONCE = 256  # images whose pixels are looked at together
 _SHIFT = 40.0  # grey levels between the parts' mean brightness
 
 
@@ -68,26 +70,63 @@ class Content:
 
 
 def look_at(splits: Splits, schema: DataConfig) -> Content:
-    """Look at every image of both parts; nothing is changed."""
+    """Look at every image of both parts, a block at a time; nothing is changed."""
     parts = {"train": splits.train, "holdout": splits.holdout}
-    looks = tuple(_looks(part, name, images, kind) for part, images in parts.items()
+    seen = {part: _Seen.of(images.images) for part, images in parts.items()}
+    looks = tuple(_looks(part, name, seen[part], images.labels == kind) for part, images in parts.items()
                   for kind, name in enumerate(schema.classes))  # fmt: skip
-    small = {part: _thumbnails(images.images) for part, images in parts.items()}
     refusals, warnings = list[str](), list[str]()
-    for part, images in parts.items():
-        _range(part, images, refusals, warnings)
-        _constant(part, images, refusals)
-        _inverted(part, small[part], warnings)
-        again = len(images) - len({image.tobytes() for image in images.images})
-        if again:
-            warnings.append(f"{part}: {again} image(s) are exact copies of others in it")
-    near = _near_copies(small["train"], small["holdout"])
+    for part, found in seen.items():
+        _range(part, found, refusals, warnings)
+        share = float((found.darkest == found.brightest).mean())
+        if share > _MOST_CONSTANT:
+            refusals.append(f"{part}: {share:.0%} of the images are one flat colour")
+        _inverted(part, found.small, warnings)
+        if found.copies:
+            warnings.append(f"{part}: {found.copies} image(s) are exact copies of others in it")
+    near = _near_copies(seen["train"].small, seen["holdout"].small)
     if near:
         warnings.append(f"{near} holdout image(s) look like copies of train ones: are patients in both parts?")
-    apart = abs(float(splits.train.images.mean()) - float(splits.holdout.images.mean()))
+    apart = abs(float(seen["train"].brightness.mean() - seen["holdout"].brightness.mean()))
     if apart > _SHIFT:
         warnings.append(f"train and holdout differ by {apart:.0f} grey levels in mean brightness: another export?")
-    return Content(looks, tuple(refusals), tuple(warnings), _unusual(splits.train, small["train"]))
+    return Content(looks, tuple(refusals), tuple(warnings), _unusual(seen["train"]))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A part's images, image by image.
+
+    Attributes:
+        brightness, contrast, darkest, brightest: (N,), over all pixels and channels.
+        used: (256,), which values any pixel has.
+        small: thumbnails (N, T).
+        copies: images that are exact copies of an earlier one.
+    """
+
+    brightness: Floats
+    contrast: Floats
+    darkest: NDArray[np.uint8]
+    brightest: NDArray[np.uint8]
+    used: NDArray[np.bool_]
+    small: Floats
+    copies: int
+
+    @classmethod
+    def of(cls, images: NDArray[np.uint8]) -> _Seen:
+        """Of images (N, C, S, S)."""
+        used, digests, blocks = np.zeros(256, bool), set[bytes](), list[tuple[Floats, ...]]()
+        for start in range(0, len(images), _AT_ONCE):
+            block = images[start : start + _AT_ONCE]
+            flat = block.reshape(len(block), -1)
+            used |= np.bincount(flat.ravel(), minlength=256) > 0
+            digests.update(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in block)
+            blocks.append((flat.mean(axis=1), flat.std(axis=1, dtype=np.float32), flat.min(axis=1), flat.max(axis=1),
+                           _thumbnails(block)))  # fmt: skip
+        brightness, contrast, darkest, brightest, small = (
+            np.concatenate(column) for column in zip(*blocks, strict=True)
+        )
+        return cls(brightness, contrast, darkest, brightest, used, small, len(images) - len(digests))
 
 
 def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int = 64) -> bytes:
@@ -103,18 +142,16 @@ def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int
     return buffer.getvalue()
 
 
-def _looks(part: str, name: str, images: ImageSet, kind: int) -> Looks:
-    mine = images.images[images.labels == kind]
-    if not len(mine):
+def _looks(part: str, name: str, seen: _Seen, mine: NDArray[np.bool_]) -> Looks:
+    if not mine.any():
         return Looks(part, name, 0, float("nan"), float("nan"), 0, 0)
-    flat = mine.reshape(len(mine), -1)
-    contrast = float(flat.std(axis=1, dtype=np.float32).mean())
-    return Looks(part, name, len(mine), float(flat.mean()), contrast, int(flat.min()), int(flat.max()))
+    return Looks(part, name, int(mine.sum()), float(seen.brightness[mine].mean()), float(seen.contrast[mine].mean()),
+                 int(seen.darkest[mine].min()), int(seen.brightest[mine].max()))  # fmt: skip
 
 
-def _range(part: str, images: ImageSet, refusals: list[str], warnings: list[str]) -> None:
+def _range(part: str, seen: _Seen, refusals: list[str], warnings: list[str]) -> None:
     """Bits: a mask or a 4-bit export is valid uint8, and black to whoever looks at it."""
-    low, high, values = int(images.images.min()), int(images.images.max()), len(np.unique(images.images))
+    low, high, values = int(seen.darkest.min()), int(seen.brightest.max()), int(seen.used.sum())
     between = f"{part}: all pixels lie between {low} and {high} of 255"
     if high <= _DARKEST_WHITE:
         refusals.append(f"{between}: black to the eye, so the export lost bits")
@@ -124,15 +161,8 @@ def _range(part: str, images: ImageSet, refusals: list[str], warnings: list[str]
         refusals.append(f"{part}: pixels have {values} values, {low} and {high}: masks, and no images")
     elif high < _DIM or values <= 16:
         warnings.append(f"{between} and have {values} values: look at the export's bits")
-    elif float(images.images.reshape(len(images), -1).std(axis=1, dtype=np.float32).mean()) < _FLAT:
+    elif float(seen.contrast.mean()) < _FLAT:
         warnings.append(f"{part}: images hardly vary (mean contrast below {_FLAT:.0f} grey levels)")
-
-
-def _constant(part: str, images: ImageSet, refusals: list[str]) -> None:
-    flat = images.images.reshape(len(images), -1)
-    share = float((flat.min(axis=1) == flat.max(axis=1)).mean())
-    if share > _MOST_CONSTANT:
-        refusals.append(f"{part}: {share:.0%} of the images are one flat colour")
 
 
 def _inverted(part: str, small: Floats, warnings: list[str]) -> None:
@@ -159,14 +189,12 @@ def _near_copies(train: Floats, holdout: Floats) -> int:
     return sum(int((block.max(axis=1) > _ALIKE).sum()) for block in blocks)
 
 
-def _unusual(images: ImageSet, small: Floats) -> tuple[int, ...]:
+def _unusual(seen: _Seen) -> tuple[int, ...]:
     """By how far brightness, contrast and likeness to the mean image are from their medians, in robust units."""
-    flat = images.images.reshape(len(images), -1)
-    mean = small.mean(axis=0)
-    seen = np.stack([flat.mean(axis=1), flat.std(axis=1, dtype=np.float32), small @ mean], axis=1)
-    middle = np.median(seen, axis=0)
-    spread = np.median(np.abs(seen - middle), axis=0) + 1e-6
-    far: Floats = (np.abs(seen - middle) / spread).max(axis=1)
+    numbers = np.stack([seen.brightness, seen.contrast, seen.small @ seen.small.mean(axis=0)], axis=1)
+    middle = np.median(numbers, axis=0)
+    spread = np.median(np.abs(numbers - middle), axis=0) + 1e-6
+    far: Floats = (np.abs(numbers - middle) / spread).max(axis=1)
     return tuple(int(row) for row in np.argsort(-far, kind="stable"))
 
 

@@ -55,15 +55,15 @@ class Cohort:
 
     @property
     def largest_delta(self) -> float:
-        """One over the units of the smaller partition: a larger delta allows to publish a whole record."""
-        return 1.0 / max(1, min(self.units, self.held_out))
+        """One over the units of the larger partition: a larger delta allows to publish a whole record of it."""
+        return 1.0 / max(1, self.units, self.held_out)
 
     def warnings(self, study: Study) -> list[str]:
         """What a study's numbers mean for so many records, one line each."""
         delta, most = study.privacy.delta, self.largest_delta
         return (
             [
-                f"delta {delta:g} is over a tenth of 1/N, {most:.2g} for the {study.privacy.unit}s of the smaller part"
+                f"delta {delta:g} is over a tenth of 1/N, {most:.2g} for the {study.privacy.unit}s of the larger part"
                 " here: a promise that may fail so often says little; ask for a smaller one"
             ]
             if delta > _SAFE * most
@@ -149,7 +149,7 @@ class SitePolicy(Settings):
                 self.min_units_per_class))  # fmt: skip
         if study.privacy.delta > cohort.largest_delta:
             yield PolicyRefusal(
-                f"delta {study.privacy.delta:g} is over 1/N, {cohort.largest_delta:.2g} for the {unit}s of the smaller"
+                f"delta {study.privacy.delta:g} is over 1/N, {cohort.largest_delta:.2g} for the {unit}s of the larger"
                 " partition here, and so no promise", where="privacy.delta",
                 remedy="Ask the coordinator for a study with a far smaller privacy.delta.",
             )  # fmt: skip

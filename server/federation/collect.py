@@ -167,7 +167,7 @@ def _label(node: int, member: Member | None, answer: Answer | None, collected: C
     taken = {*collected.reasons, *(other.site.name for other in collected.accepted)}
     said = answer.site.name if answer is not None and answer.site is not None else None
     if answer is not None and isinstance(answer.body, Unreachable):
-        said = _plain(answer.body.carrier) or None
+        return f"{_plain(answer.body.carrier)} (node {node}, by its carrier)"  # the site itself has not said so
     return said if said is not None and said not in taken else f"node {node}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import CheckpointError
@@ -36,7 +37,8 @@ def write_release(folder: Path, inputs: ReportInputs) -> Path:
     lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}" for path in files]
     atomic_write(folder / CHECKSUMS, ("\n".join(lines) + "\n").encode())
     for path in (*files, folder / CHECKSUMS):
-        path.chmod(0o666 & ~_UMASK)  # it is there to be given away, and every file of it alike
+        with suppress(OSError):  # some file systems have no modes
+            path.chmod(0o666 & ~_UMASK)  # it is there to be given away, and every file of it alike
     return folder / "report.html"
 
 

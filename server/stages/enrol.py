@@ -42,10 +42,10 @@ def enrol(session: Session) -> None:
 
 def _warn_of_delta(session: Session) -> None:
     """A delta near one over the records of a site is hardly a promise; the site's own check knows the exact number."""
-    fewest, delta = min(member.weight for member in session.members.values()), session.agreement.study.privacy.delta
-    if delta > 0.1 / max(fewest, 1.0):
-        session.progress.warn(f"delta {delta:g} is over a tenth of one over the smallest site's records (about "
-                              f"{fewest:.0f}, noisy): it should be far smaller")  # fmt: skip
+    most, delta = max(member.weight for member in session.members.values()), session.agreement.study.privacy.delta
+    if delta > 0.1 / most:
+        session.progress.warn(f"delta {delta:g} is over a tenth of one over the largest site's records (about "
+                              f"{most:.0f}, noisy): it should be far smaller")  # fmt: skip
 
 
 def _keep_for_the_claim(session: Session) -> None:

@@ -15,7 +15,7 @@ from server.federation.screening import Shapes
 from server.session import Session
 from server.synthesis.corpus import carried, carried_together, low_moments, uncarried
 from server.synthesis.pretrain import pretrained
-from server.synthesis.public_set import public_images
+from server.synthesis.public_set import ANY_CLASS, public_images
 from server.synthesis.teacher import Teacher
 
 _KEPT = 0.5  # of the images that were carried to a class: by KID and the panel, val splits (docs/adr/0020)
@@ -60,7 +60,8 @@ def _corpus(session: Session, public: ImageSet, teacher: Teacher | None) -> Imag
     """Public images with the sites' moments, of each class those that the teacher finds most of it."""
     study = session.agreement.study
     if session.agreement.plan.get("moments") is None:
-        corpus, kept = uncarried(public, len(study.data.classes)), 1.0 / len(study.data.classes)
+        shared = bool((public.labels == ANY_CLASS).all())  # every class has all of them
+        corpus, kept = uncarried(public, len(study.data.classes)), 1.0 / len(study.data.classes) if shared else _KEPT
     else:
         prior, share, likely = _prior(session, public), study.pretrain.class_share, None
         if teacher is not None and share < 1.0:

@@ -25,7 +25,8 @@ from server.session import Session
 
 UNPROTECTED = (
     "that a site took part, and in which rounds",
-    "that a site's owner approved the study, and so judged its cohort large enough by a minimum of the site's own",
+    "that a site's owner approved the study, and so judged its cohort large enough, by a minimum of the site's own and "
+    "for delta, and its images to be pictures at all",
     "that a site refused, and by which rule of policy, ledger or request: never because of a record; or that it could "
     "not answer, which is also what is said when its images are not those that were approved, or cannot be read",
     "in a refusal for a site's own ceiling: what all studies there have cost so far",

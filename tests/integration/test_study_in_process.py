@@ -437,10 +437,13 @@ def test_it_is_not_waited_for_where_the_others_are_enough_and_not_for_ever(tmp_p
     run = _Run(tmp_path, tiny_study(federation={"min_sites": 3, "timeout_seconds": 1}, training={"rounds": 1}))
     node = run.grid.get_node_ids()[1]
     run.grid.sites[node] = _Away(run.grid.sites[node], times=10**6)
-    with pytest.raises(FederationError, match="2 usable answers in 'enrol', 3 needed .site-2: its process does not"):
+    with pytest.raises(
+        FederationError,
+        match="2 usable answers in 'enrol', 3 needed .site-2 .node 2, by its carr",
+    ):
         run.go()
     enough = _Run(tmp_path / "enough", tiny_study(training={"rounds": 1}))
     enough.grid.sites[node] = _Away(enough.grid.sites[node], times=10**6)
     enough.go()
     assert "waiting for" not in enough.out.getvalue()
-    assert "enrol: site-2 left out: its process does not answer" in enough.out.getvalue()
+    assert "enrol: site-2 (node 2, by its carrier) left out: its process does not answer" in enough.out.getvalue()

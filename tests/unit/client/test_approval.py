@@ -120,10 +120,10 @@ def test_no_rule_about_the_records_is_asked_when_a_request_comes():
         tiny_study(), plan, Cohort(1, 1, 0, patients_known=True))] == []  # fmt: skip
 
 
-@pytest.mark.parametrize(("delta", "refused", "warned"), [(0.5, True, True), (0.04, True, True), (1 / 30, False, True),
-                                                           (0.004, False, True), (1 / 300, False, False)])  # fmt: skip
-def test_delta_is_held_against_the_smaller_partition(delta, refused, warned):
-    """60 units in train, 30 held out: over 1/30 is refused, over 1/300 warned of."""
+@pytest.mark.parametrize(("delta", "refused", "warned"), [(0.5, True, True), (0.02, True, True), (1 / 60, False, True),
+                                                           (0.002, False, True), (1 / 600, False, False)])  # fmt: skip
+def test_delta_is_held_against_the_larger_partition(delta, refused, warned):
+    """60 units in train, 30 held out: over 1/60 is refused, over 1/600 warned of."""
     study, cohort = tiny_study(privacy={"delta": delta}), Cohort(60, 30, 20, patients_known=False)
     policy, plan = SitePolicy(max_study_delta=0.9, max_delta=0.9), plan_study(tiny_study())
     wheres = [refusal.where for refusal in policy.refusals(study, plan, cohort)]

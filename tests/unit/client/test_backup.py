@@ -13,9 +13,11 @@ import pytest
 
 from client.backup import back_up, restore
 from client.privacy.ledger import Ledger
+from client.registry import Registry
+from client.service import SiteService
 from client.site import Site, load_site_config
 from common.errors import StorageError
-from common.protocol import EnrolRequest
+from common.protocol import EnrolRequest, MomentsRequest, decode_answer, encode
 from support.sites import approve, ask, make_npz_site
 from support.studies import agreement, tiny_study
 
@@ -42,7 +44,8 @@ def test_what_was_backed_up_is_there_again_and_answers_as_before(path, tmp_path)
     before = ask(path, EnrolRequest(agreement=agreement()))
     kept = {p.relative_to(state): p.read_bytes() for p in state.rglob("*.reply")}
     state.rename(tmp_path / "lost")
-    assert restore(file, state)[:2] == (number, newest)
+    found = restore(file, state, accept=lambda _: None)
+    assert (found.number, found.hash) == (number, newest)
     assert {p.relative_to(state): p.read_bytes() for p in state.rglob("*.reply")} == kept and kept
     assert ask(path, EnrolRequest(agreement=agreement()))[0] == before[0]
     assert all(stat.S_IMODE(p.stat().st_mode) & 0o077 == 0 for p in (state, *state.rglob("*")))
@@ -69,7 +72,8 @@ def test_every_backup_that_is_made_while_the_ledger_is_written_can_be_restored(p
         writer.join()
     assert found == sorted(found) and found[-1] > found[0]
     for number, entries in enumerate(found):
-        assert restore(tmp_path / f"{number}.tar", tmp_path / f"state-{number}")[0] == entries
+        state = tmp_path / f"state-{number}"
+        assert restore(tmp_path / f"{number}.tar", state, accept=lambda _: None).number == entries
 
 
 def test_nothing_is_written_over(path, tmp_path):
@@ -79,7 +83,7 @@ def test_nothing_is_written_over(path, tmp_path):
     with pytest.raises(StorageError, match="is there already"):
         _back_up(path, file)
     with pytest.raises(StorageError, match="not empty"):
-        restore(file, state)
+        restore(file, state, accept=lambda _: None)
     assert file.read_bytes() == data
     Ledger.open(state).close()
 
@@ -106,9 +110,8 @@ def test_what_is_no_backup_leaves_nothing_behind(tmp_path, data):
     file, state = tmp_path / "backup.tar", tmp_path / "state"
     file.write_bytes(data)
     with pytest.raises(StorageError):
-        restore(file, state)
-    assert not state.exists() or not [p for p in state.rglob("*") if p.is_file()]
-    assert not (tmp_path / "out").exists()
+        restore(file, state, accept=lambda _: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backup.tar"]
 
 
 def test_a_cut_or_flipped_backup_is_refused(path, tmp_path):
@@ -121,7 +124,7 @@ def test_a_cut_or_flipped_backup_is_refused(path, tmp_path):
     for number, cut in enumerate(cuts):
         half.write_bytes(data[:cut])
         with pytest.raises(StorageError):
-            restore(half, tmp_path / f"state-{number}")
+            restore(half, tmp_path / f"state-{number}", accept=lambda _: None)
     with tarfile.open(file) as tar:
         entry = tar.getmember("ledger.sqlite")
     for number in range(6):
@@ -130,4 +133,34 @@ def test_a_cut_or_flipped_backup_is_refused(path, tmp_path):
             spoilt[place] ^= 0xFF
         half.write_bytes(spoilt)
         with pytest.raises(StorageError):
-            restore(half, tmp_path / f"spoilt-{number}")
+            restore(half, tmp_path / f"spoilt-{number}", accept=lambda _: None)
+
+
+def test_an_older_backup_than_the_machine_has_seen_is_not_taken(path, tmp_path):
+    config, file = load_site_config(path), tmp_path / "backup.tar"
+    with closing(config.ledger()) as ledger, Registry(config.registry).locked():
+        Registry(config.registry).place(config.name, ledger)
+    _back_up(path, file)
+    service = SiteService(path)
+    service.answer(encode(MomentsRequest(agreement=agreement(), counts=(30.0, 30.0))))  # the list hears of it
+    config.state.rename(tmp_path / "lost")
+    with pytest.raises(StorageError, match="an older backup was restored"):
+        restore(file, config.state, accept=Registry(config.registry).require_not_older)
+    assert not config.state.exists()
+    restore(file, config.state, accept=lambda _: None)  # by force, under a service that answers
+    before = file.read_bytes()
+    refused, _ = decode_answer(service.answer(encode(EnrolRequest(agreement=agreement()))))
+    assert refused.body.kind == "Unavailable"
+    assert "an older one was put in its place" in (config.state / "site.log").read_text()
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b=c", "a%41"])
+def test_a_state_under_any_path_is_backed_up(tmp_path, name):
+    (tmp_path / name).mkdir()
+    site = make_npz_site(tmp_path / name)
+    (load_site_config(site).state / "deep" / "er").mkdir(parents=True)
+    (load_site_config(site).state / "deep" / "er" / "file").write_text("x")
+    _back_up(site, tmp_path / "backup.tar")
+    restore(tmp_path / "backup.tar", tmp_path / "again", accept=lambda _: None)
+    assert (tmp_path / "again" / "deep" / "er" / "file").read_text() == "x"

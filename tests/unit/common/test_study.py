@@ -120,7 +120,7 @@ def test_what_an_image_does_not_depend_on_follows_from_the_modality_unless_the_s
     assert tiny_study(study={"modality": modality}, data=said).symmetry == symmetry
 
 
-@pytest.mark.parametrize("letter", ["\x1b", "\n", "\u202e", "\u2066", "\u200b", "\ufeff", "\x9b", "\u2028"])
+@pytest.mark.parametrize("letter", ["\x1b", "\r", "\u3164", "\u202e", "\u2066", "\u200b", "\ufeff", "\x9b", "\u2028"])
 @pytest.mark.parametrize("place", ["class", "description"])
 def test_text_that_would_not_be_shown_as_it_is_written_is_refused(letter, place):
     text = f"benign{letter}[2K"
@@ -131,7 +131,7 @@ def test_text_that_would_not_be_shown_as_it_is_written_is_refused(letter, place)
 
 
 def test_text_in_any_script_is_taken_and_a_file_may_begin_as_notepad_writes_it(tmp_path):
-    names = ["健康", "می\u200cخواهم", "Grüße", "क्ष", "👩\u200d⚕️"]
+    names = ["健 康", "a\u3000b", "l\u2019\u0153il\u00a0:", "می\u200cخواهم", "Grüße", "क्ष", "👩\u200d⚕️"]
     assert tiny_study(data={"classes": names}).data.classes == tuple(names)
     (tmp_path / "s.toml").write_bytes(b"\xef\xbb\xbf" + tiny_toml().encode())
     assert load_study(tmp_path / "s.toml").sha256 == tiny_study().sha256
