@@ -31,7 +31,7 @@ _SHARED_SHAPE = 0.35  # share of the thumbnails' energy in one pattern, from whi
 _OPPOSITE = -0.35  # correlation with that pattern: below it an image is the negative of the others
 _ALIKE = 0.999  # correlation of thumbnails that makes two images near copies
 _MOST_PAIRS = 200_000_000
-_AT_ONCE = 256  # images whose pixels are looked at together
+_AT_ONCE_BYTES = 4 << 20  # of the pixels that are looked at together
 _SHIFT = 40.0  # grey levels between the parts' mean brightness
 
 
@@ -116,8 +116,9 @@ class _Seen:
     def of(cls, images: NDArray[np.uint8]) -> _Seen:
         """Of images (N, C, S, S)."""
         used, digests, blocks = np.zeros(256, bool), set[bytes](), list[tuple[Floats, ...]]()
-        for start in range(0, len(images), _AT_ONCE):
-            block = images[start : start + _AT_ONCE]
+        many = max(1, _AT_ONCE_BYTES // max(1, images[:1].nbytes))
+        for start in range(0, len(images), many):
+            block = images[start : start + many]
             flat = block.reshape(len(block), -1)
             used |= np.bincount(flat.ravel(), minlength=256) > 0
             digests.update(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in block)
