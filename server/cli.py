@@ -114,6 +114,9 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from server.synthesis.public_set import check_public_set
 
     study = load_study(study_path, overrides)
+    if study.pretrain.path is not None:  # the run may go on from another folder
+        path = str(Path(study.pretrain.path).expanduser().resolve())
+        study = study.model_copy(update={"pretrain": study.pretrain.model_copy(update={"path": path})})
     if study.federation.min_sites > study.simulation.sites:
         raise StudyError(
             f"{study.federation.min_sites} sites needed, {study.simulation.sites} simulated",

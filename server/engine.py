@@ -44,6 +44,7 @@ def main(run: str, sites: str, at_once: str, scratch: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from flwr.simulation import run_simulation
 
+    logging.basicConfig(stream=sys.__stderr__, force=True)  # else a library would write where progress is shown
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.ERROR)
     for handler in flower.handlers:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -44,7 +44,8 @@ def simulate(folder: RunFolder) -> None:
         FederationError: the engine ended, or a process of sites too often, with its own last words.
         Stopped: we were told to stop. By then every process that was started here is gone.
     """
-    run, sites = folder.path.resolve(), site_files(folder.path)
+    run = folder.path.resolve()
+    sites = site_files(run)
     with _machine(run) as machine, ExitStack() as stack:
         serving = _Serving(machine, sites, stack)
         with _engine(machine, run, len(sites)) as engine:
@@ -71,7 +72,7 @@ class _Machine:
         with log.open("w") as errors:
             popen = subprocess.Popen(
                 [self.python, "-m", *arguments], stdin=subprocess.PIPE, stdout=stdout, stderr=errors, text=True,
-                start_new_session=True, env=self.environment,
+                start_new_session=True, env=self.environment, cwd=self.scratch,
             )  # fmt: skip
             process = _Process(name, popen, log)
             try:
@@ -87,11 +88,19 @@ class _Process:
     Attributes:
         name: what it is called in messages.
         log: what it writes to standard error.
+        family: what it has started, as far as it was seen: some of it outlives a parent that dies.
     """
 
     name: str
     popen: subprocess.Popen[str]
     log: Path
+    family: set[psutil.Process] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Remember what it has started by now."""
+        if self.popen.poll() is None:  # else its number may be another process's by now
+            with suppress(psutil.Error):
+                self.family.update(psutil.Process(self.popen.pid).children(recursive=True))
 
     def last_words(self) -> str:
         """The last line of its log, and how it ended."""
@@ -103,12 +112,9 @@ class _Process:
 
     def end(self) -> None:
         """End it at once: it can be killed at any moment without losing anything."""
-        below = list[psutil.Process]()
-        if self.popen.poll() is None:  # else its number may be another process's by now
-            with suppress(psutil.Error):
-                below = psutil.Process(self.popen.pid).children(recursive=True)
+        self.look()
         self.popen.kill()  # first, or it would tell at length what becomes of them
-        _kill(below)
+        _kill(list(self.family))
         with suppress(OSError):
             self.popen.communicate()
 
@@ -116,6 +122,7 @@ class _Process:
 def _watch(engine: _Process, serving: _Serving) -> None:
     """Wait for the engine's end, while the sites' processes live."""
     while engine.popen.poll() is None:
+        engine.look()
         try:
             serving.look()
         except SynthwardError:
