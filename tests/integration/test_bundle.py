@@ -99,9 +99,9 @@ def test_the_bundle_names_apps_that_it_holds(bundle: zipfile.ZipFile, tmp_path: 
 
 
 def test_the_simulation_loads_the_apps_that_the_bundle_names():
-    from server import launch
+    from server import engine
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["flwr"]["app"]["components"] == {
-        "serverapp": launch.SERVER_APP, "clientapp": launch.CLIENT_APP,
+        "serverapp": engine.SERVER_APP, "clientapp": engine.CLIENT_APP,
     }  # fmt: skip

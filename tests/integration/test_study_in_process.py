@@ -432,6 +432,7 @@ def test_a_site_that_cannot_be_reached_is_named_and_waited_for_where_it_is_neede
     assert run.asked(2).count("counts") == 1
 
 
+@pytest.mark.slow
 def test_it_is_not_waited_for_where_the_others_are_enough_and_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr("server.session._AGAIN_SECONDS", 0.05)
     run = _Run(tmp_path, tiny_study(federation={"min_sites": 3, "timeout_seconds": 1}, training={"rounds": 1}))

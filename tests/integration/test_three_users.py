@@ -100,6 +100,7 @@ def _theirs(folder: Path) -> set[int]:
     return {path.stat().st_uid for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_what_root_approves_stays_the_sites_own_and_the_carrier_reaches_the_socket_alone(hospital, srv, packages):
     approve = ("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A. Example")
     code, out, error = _site(0, *approve, env=packages, cwd=hospital)
