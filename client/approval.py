@@ -86,7 +86,7 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     others: dict[Partition, list[PrivacyLoss]] = {p: _others(ledger, study, p) for p in PARTITIONS}
     after: dict[Partition, float] = {p: _together(policy, [*others[p], *plan.losses(p)]) for p in PARTITIONS}
     refusals: list[Refused] = list(policy.refusals(study, plan, site.cohort))
-    refusals += [PolicyRefusal(what, where="data", remedy=_LOOK) for what in site.content.refusals]
+    refusals += _not_meant(site)
     refusals += [_over(p, after[p], policy) for p in PARTITIONS if after[p] > policy.max_epsilon]
     twice, warnings = _counted_twice(site, ledger, study)
     return Verdict(
@@ -104,8 +104,12 @@ def require_meant(site: Site) -> None:
     Raises:
         PolicyRefusal: their pixels cannot be meant.
     """
-    for what in site.content.refusals:
-        raise PolicyRefusal(what, where="data", remedy=_LOOK)
+    for refusal in _not_meant(site):
+        raise refusal
+
+
+def _not_meant(site: Site) -> list[PolicyRefusal]:
+    return [PolicyRefusal(what, where="data", remedy=_LOOK) for what in site.content.refusals]
 
 
 def clean_name(by: str) -> str:

@@ -108,10 +108,9 @@ class Registry:
         Raises:
             StorageError: it has not.
         """
-        here = Known.of("", ledger)
         for known in self.known():
-            if known.ledger == here.ledger:
-                _require_newer(known, here, ledger)
+            if known.ledger == ledger.identity:
+                _require_newer(known, ledger)
 
     def others(self, ledger: Ledger) -> list[Known]:
         """Every listed ledger but this one."""
@@ -145,14 +144,20 @@ def _require_same(known: Known, here: Known, ledger: Ledger) -> None:
             f"this ledger is a copy of the one at {known.state}", where=here.state,
             remedy="Two copies would each count a part: keep the one that was used last, remove the other.",
         )  # fmt: skip
-    _require_newer(known, here, ledger)
+    _require_newer(known, ledger)
 
 
-def _require_newer(known: Known, here: Known, ledger: Ledger) -> None:
-    if (known.entries, known.hash) not in [(entry.number, entry.hash) for entry in ledger.entries()]:
+def holds(ledger: Ledger, number: int, digest: str) -> bool:
+    """Whether the entry of a number has that hash: else entries are lost, or the ledger is another one."""
+    return [entry.hash for entry in ledger.chain.entries("number = ?", number)] == [digest]
+
+
+def _require_newer(known: Known, ledger: Ledger) -> None:
+    if not holds(ledger, known.entries, known.hash):
         raise StorageError(
             f"the ledger had {known.entries} entries before and lacks some of them: an older backup was restored",
-            where=here.state, remedy="Restore the newest one; what was spent since an older one cannot be known.",
+            where=str(ledger.state.resolve()),
+            remedy="Restore the newest one; what was spent since an older one cannot be known.",
         )  # fmt: skip
 
 

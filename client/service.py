@@ -29,7 +29,7 @@ import grpc
 from client.privacy.gate import Gate, Released
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import NoiseSource
-from client.registry import Registry
+from client.registry import Registry, holds
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
 from client.stages.features import features
@@ -88,7 +88,7 @@ class SiteService:
 
     def _require_same(self, config: SiteConfig, ledger: Ledger) -> None:
         """See that nobody has put an older ledger, or another one, in the place of the one we answered from."""
-        if self._seen is not None and self._seen not in [(entry.number, entry.hash) for entry in ledger.entries()]:
+        if self._seen is not None and not holds(ledger, *self._seen):
             raise StorageError(
                 "the ledger lacks entries that it had a moment ago: an older one was put in its place",
                 where=str(config.state), remedy="Put the newest one back; until then nobody gets an answer.",

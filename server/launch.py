@@ -34,7 +34,6 @@ class SiteCheck(BaseModel):
     Attributes:
         units: privacy units (images or patients) in the train partition.
         train, holdout: images by class.
-        looks: brightness and contrast, one line each.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,7 +43,6 @@ class SiteCheck(BaseModel):
     train: list[int]
     holdout: list[int]
     warnings: list[str]
-    looks: list[str] = []
 
 
 def write_site_files(folder: Path, study: Study, data: Path | None) -> list[Path]:
