@@ -49,7 +49,7 @@ from common.protocol import (
     encode,
     identity,
 )
-from common.sockets import address_of, require_free
+from common.sockets import address_of, taken, unusable
 
 SERVICE, METHOD = "synthward.Site", "Answer"  # as in client/app.py; a test holds them together
 STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
@@ -203,6 +203,7 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
             config.ledger().close()  # before anybody is told that the site is ready
             stack.enter_context(_only_one(config))
             made.append(sockets / f"{path.stem}.sock")
+            stack.enter_context(taken(made[-1]))
             stack.callback(_listen(SiteService(path), made[-1], turns, config.performance.max_message_mb).stop, None)
         yield made
 
@@ -219,20 +220,14 @@ def _listen(service: SiteService, socket: Path, turns: Lock, largest_mb: int) ->
 
     handler = grpc.unary_unary_rpc_method_handler(answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-    require_free(socket)
+    before = os.umask(0o117)  # owner and group of the socket may connect, nobody else
     try:
-        socket.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        before = os.umask(0o117)  # owner and group of the socket may connect, nobody else
-        try:
-            server.add_insecure_port(address_of(socket))
-            server.start()
-        finally:
-            os.umask(before)
+        server.add_insecure_port(address_of(socket))
+        server.start()
     except (RuntimeError, OSError) as error:
-        raise StorageError(
-            f"cannot listen there ({error})", where=str(socket),
-            remedy="Give a --sockets folder that this user may write to.",
-        ) from error  # fmt: skip
+        raise unusable(socket, error) from error
+    finally:
+        os.umask(before)
     return server
 
 

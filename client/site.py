@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -29,6 +29,7 @@ from common.settings import Settings, read_toml, settings_error_line
 from common.study import DataConfig, Study
 
 MOST_SHOWN = 64  # unusual images on one picture
+_MOST_OPEN = 4  # sites that one process keeps in memory
 
 
 class Performance(Settings):
@@ -97,7 +98,7 @@ class Site:
             DataError: the site file or the images cannot be used; says which file, field and remedy.
         """
         data = getattr(load_site_config(path).data, "path", None)
-        return _open(path, (_version(path), _version(data)), study)
+        return _kept.get(path, study, (_version(path), _version(data)))
 
     @cached_property
     def content(self) -> Content:
@@ -165,8 +166,28 @@ def _version(path: Path | None) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-@lru_cache(maxsize=4)
-def _open(path: Path, _versions: object, study: Study) -> Site:
+class _Kept:
+    """The sites that were opened last; nothing of a file that has changed since: somebody may have withdrawn."""
+
+    def __init__(self) -> None:
+        self._opened: dict[tuple[Path, str], tuple[object, Site]] = {}
+
+    def get(self, path: Path, study: Study, versions: object) -> Site:
+        for known, (before, _) in list(self._opened.items()):
+            if known[0] == path and before != versions:
+                del self._opened[known]
+        key = (path, study.sha256)
+        if key not in self._opened:
+            while len(self._opened) >= _MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+            self._opened[key] = (versions, _open(path, study))
+        return self._opened[key][1]
+
+
+_kept = _Kept()
+
+
+def _open(path: Path, study: Study) -> Site:
     config = load_site_config(path)
     splits = open_source(config.data, study.data, modality=study.study.modality)
     where = str(getattr(config.data, "path", path))

@@ -1,13 +1,16 @@
-"""The local socket between a site's process and the carrier of its answers: its address, and whether it is free.
+"""The local socket between a site's process and the carrier of its answers: its address, and who may listen there.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,17 +25,43 @@ def address_of(path: Path) -> str:
     return f"unix:{quote(os.fsencode(path.absolute()))}"
 
 
-def require_free(path: Path) -> None:
-    """See that a socket can be made there; one that is left of a process that died is none.
+@contextmanager
+def taken(path: Path) -> Iterator[None]:
+    """Take a socket's path for this process until the block ends; makes its folder. Only a lock settles who of two that
+    begin at the same moment has it: one that bound a second later would take the first one's place unseen, and one site
+    would get the requests of another.
 
     Raises:
-        StorageError: the path is too long, something else lies there, or a process answers there already: a new one
-            would take its place unseen, and one site would get the requests of another.
+        StorageError: the path is too long, it cannot be written, something else lies there, or a process has it.
     """
     length = len(os.fsencode(path.absolute()))
     if length > LONGEST:
         raise StorageError(f"a socket's path of {length} bytes, {LONGEST} at most", where=str(path),
                            remedy="Give a folder with a shorter path.")  # fmt: skip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unusable(path, error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _taken_already(path) from error
+        _require_free(path)
+        yield
+    finally:
+        os.close(lock)  # the file stays: who removed it could remove another one's
+
+
+def unusable(path: Path, error: Exception) -> StorageError:
+    """What a site is told that cannot make its socket."""
+    return StorageError(f"cannot listen there ({error})", where=str(path),
+                        remedy="Give a --sockets folder that this user may write to.")  # fmt: skip
+
+
+def _require_free(path: Path) -> None:
+    """See that nobody listens there who holds no lock; a socket that is left of a process that died is none."""
     try:
         there = stat.S_ISSOCK(path.lstat().st_mode)
     except OSError:
@@ -49,7 +78,11 @@ def require_free(path: Path) -> None:
             pass  # somebody is there, and busy
         except OSError:
             return
-    raise StorageError(
+    raise _taken_already(path)
+
+
+def _taken_already(path: Path) -> StorageError:
+    return StorageError(
         "another process answers there already", where=str(path),
         remedy="End it, rename the site file (a socket is called like it), or give another folder.",
     )  # fmt: skip

@@ -12,5 +12,7 @@ ENV FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DE
 RUN groupadd --gid 1500 synthward && useradd --create-home --uid 1502 --gid synthward carrier
 USER carrier
 VOLUME ["/certificates", "/run/synthward"]
-ENTRYPOINT ["flower-supernode"]
-CMD ["--superlink", "coordinator:8443", "--root-certificates", "/certificates/ca.crt", "--auth-supernode-private-key", "/certificates/site.key", "--node-config", "site=\"/run/synthward/site.sock\"", "--host", "127.0.0.1", "--port", "9091"]
+# What the coordinator calls this site when `synthward-site serve` does not answer.
+ENV SITE_NAME=site
+ENTRYPOINT ["sh", "-c", "exec flower-supernode --node-config \"site=\\\"/run/synthward/site.sock\\\" name=\\\"$SITE_NAME\\\"\" \"$@\"", "carrier"]
+CMD ["--superlink", "coordinator:8443", "--root-certificates", "/certificates/ca.crt", "--auth-supernode-private-key", "/certificates/site.key", "--host", "127.0.0.1", "--port", "9091"]

@@ -28,6 +28,7 @@ from common.files import read_json
 from server.checkpoints import RunFolder
 from server.engine import OUTCOME
 from server.launch import at_once, environment, site_files
+from server.site_logs import SiteLogs
 
 LOG = "engine.log"
 _LONGEST_BASE = 27  # characters of the folder for sockets: a socket's whole path may have 107, and Ray adds 80
@@ -47,9 +48,9 @@ def simulate(folder: RunFolder) -> None:
     run = folder.path.resolve()
     sites = site_files(run)
     with _machine(run) as machine, ExitStack() as stack:
-        serving = _Serving(machine, sites, stack)
+        serving, logs = _Serving(machine, sites, stack), SiteLogs(sites)
         with _engine(machine, run, len(sites)) as engine:
-            _watch(engine, serving)
+            _watch(engine, serving, logs)
         _pass_on(machine, engine)
 
 
@@ -119,9 +120,14 @@ class _Process:
             self.popen.communicate()
 
 
-def _watch(engine: _Process, serving: _Serving) -> None:
-    """Wait for the engine's end, while the sites' processes live."""
-    while engine.popen.poll() is None:
+def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
+    """Wait for the engine's end, while the sites' processes live; show what the sites do not tell the server."""
+    while True:
+        ended = engine.popen.poll() is not None
+        for site, message in logs.news():
+            print(f"warning: {site}'s own log: {message}", file=sys.stderr, flush=True)
+        if ended:
+            return
         engine.look()
         try:
             serving.look()

@@ -56,7 +56,7 @@ class Collected:
         accepted: in the order of the nodes.
         reasons: by site (by node, where it has no name), why it is left out: one line of printable text.
         exhausted: sites that said no because their budget is used up.
-        unreachable: nodes whose site could not be reached, and what it is called in `reasons`.
+        unreachable: nodes whose site, or whose carrier, gave no answer, and what it is called in `reasons`.
     """
 
     accepted: list[Accepted] = field(default_factory=list)
@@ -90,7 +90,7 @@ def collect(
         member, answer, spent = members.get(node), None, None
         try:
             if node not in returned.answers:
-                raise ReplyError(returned.failures[node], where="reply")
+                raise ReplyError(_silent(returned.failures[node], member), where="reply")
             answer, rest = decode_answer(returned.answers[node])
             _check_sender(answer, member, requests[node][0].agreement.study.privacy.epsilon)
             spent = answer.spent
@@ -108,11 +108,15 @@ def collect(
         collected.reasons[label] = _plain(reason)
         if answer is not None and _exhausted(answer.body):
             collected.exhausted.append(label)
-        if answer is not None and isinstance(answer.body, Unreachable):
+        if node in returned.failures or (answer is not None and isinstance(answer.body, Unreachable)):
             collected.unreachable[node] = label
         _book(member, spent)
     collected.accepted.sort(key=lambda accepted: accepted.node)
     return collected
+
+
+def _silent(why: str, member: Member | None) -> str:
+    return why if member is None else f"{why}; last heard of at {member.heard:%Y-%m-%d %H:%M:%S}"
 
 
 def _check_sender(answer: Answer, member: Member | None, ceiling: float) -> None:

@@ -8,7 +8,7 @@ Nothing is believed here: what the bytes say is read in `server/federation/colle
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -22,7 +22,7 @@ MESSAGE_TYPES = {
     "enrol": "query.enrol", "moments": "query.moments", "features": "query.features", "train": "train",
     "validate": "evaluate",
 }  # fmt: skip
-_POLL_SECONDS = 0.2
+_POLL_SECONDS, _TELL_SECONDS = 0.2, 10.0
 
 Requests = Mapping[int, tuple[Request, Arrays]]  # by node
 
@@ -47,22 +47,34 @@ class SiteGroup:
         self._grid = grid
         self._timeout = timeout_seconds
 
-    def wait_for(self, count: int, *, timeout_seconds: float = 120.0) -> list[int]:
-        """Node ids once `count` nodes are online, in a fixed order.
+    def wait_for(
+        self, count: int, *, known: Mapping[int, str], on_wait: Callable[[str, float], None]
+    ) -> list[int]:  # fmt: skip
+        """Node ids once `count` nodes are online, in a fixed order; waits as long as for an answer.
+
+        Args:
+            known: by node, the names of sites that took part before.
+            on_wait: called now and then with who is missing and how many seconds are left.
 
         Raises:
-            FederationError: fewer are online at the deadline.
+            FederationError: fewer are online at the deadline; says which of the known ones are not.
         """
-        deadline = time.monotonic() + timeout_seconds
+        deadline, told = time.monotonic() + self._timeout, time.monotonic()
         while True:
-            nodes = sorted(self._grid.get_node_ids())
+            nodes, now = sorted(self._grid.get_node_ids()), time.monotonic()
             if len(nodes) >= count:
                 return nodes
-            if time.monotonic() > deadline:
+            absent = [known[node] for node in sorted(known) if node not in nodes]
+            missing = f"{len(nodes)} of {count} sites are online"
+            missing += f"; not online: {', '.join(absent)}" if absent else ""
+            if now > deadline:
                 raise FederationError(
-                    f"{len(nodes)} of {count} sites are online after {timeout_seconds:.0f} s",
-                    where="federation.min_sites", remedy="Start the missing sites and resume the run.",
+                    f"{missing} after {self._timeout:.0f} s", where="federation.min_sites",
+                    remedy="Start the missing sites and resume the run.",
                 )  # fmt: skip
+            if now - told > _TELL_SECONDS:
+                told = now
+                on_wait(missing, deadline - now)
             time.sleep(_POLL_SECONDS)
 
     def ask(self, requests: Requests) -> Returned:

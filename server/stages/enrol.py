@@ -17,7 +17,7 @@ def enrol(session: Session) -> None:
     Raises:
         FederationError: fewer usable sites than federation.min_sites.
     """
-    nodes = session.group.wait_for(_expected(session))
+    nodes = _online(session)
     classes = len(session.agreement.study.data.classes)
     session.progress.stage("enrol", f"{len(nodes)} sites are online; asking for private class counts")
 
@@ -57,8 +57,17 @@ def _keep_for_the_claim(session: Session) -> None:
         sources = {*before["random_source"].split("; "), member.facts.random_source}
         ever[member.name] = {
             "phantoms": before["phantoms"] and member.facts.phantoms, "random_source": "; ".join(sorted(sources)),
+            "node": member.node,
         }  # fmt: skip
     session.folder.keep_result("enrol", ever)
+
+
+def _online(session: Session) -> list[int]:
+    known = {site["node"]: name for name, site in (session.folder.result("enrol") or {}).items() if "node" in site}
+    return session.group.wait_for(
+        _expected(session), known=known,
+        on_wait=lambda missing, left: session.progress.wait("enrol", f"waiting, {left:.0f} s at most: {missing}"),
+    )  # fmt: skip
 
 
 def _expected(session: Session) -> int:

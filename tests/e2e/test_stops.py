@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,6 +18,7 @@ import pytest
 
 from server.release.bundle import verify_checksums
 from support.paths import REPOSITORY
+from support.sites import write_images
 from support.studies import tiny_toml
 
 BEGUN = "train     1/"
@@ -24,11 +27,11 @@ BEGUN = "train     1/"
 class _Started:
     """`synthward run` of a tiny study with many rounds, under way in its first ones."""
 
-    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, rounds=60, **environment):
+    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, rounds=60, data=None, log=None, **environment):
         (folder / "tiny.toml").write_text(tiny_toml())
-        self.folder, self.log = folder, folder / "log"
+        self.folder, self.log = folder, log or folder / "log"
         command = [python, "-P", "-m", "server.cli", "run", "tiny.toml", "--out", "my runs"]
-        command += ["--set", f"training.rounds={rounds}"]
+        command += ["--set", f"training.rounds={rounds}", *(("--data", data) if data else ())]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
@@ -49,6 +52,16 @@ class _Started:
     def run(self) -> Path:
         (run,) = (self.folder / "my runs").iterdir()
         return run
+
+    @property
+    def claim(self) -> dict:
+        return json.loads((self.run / "privacy.json").read_text())
+
+    def go_on(self) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "server.cli", "run", "--resume", str(self.run)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False, timeout=600,
+                              env=environment)  # fmt: skip
 
     def one(self, words: str) -> psutil.Process:
         return next(process for process in self.family if words in " ".join([process.name(), *process.cmdline()]))
@@ -125,9 +138,7 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_later(started, victim, s
     line = run.ended(within=15 if victim == "server.engine" else 120)
     assert run.process.returncode == 1
     assert line.startswith("error: ") and said in line and "synthward run --resume" in line
-    go_on = [sys.executable, "-P", "-m", "server.cli", "run", "--resume", str(run.run)]
-    done = subprocess.run(go_on, cwd=run.folder, capture_output=True, text=True, check=False, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = run.go_on()
     assert done.returncode == 0, done.stderr
     assert verify_checksums(run.run) == []
 
@@ -171,3 +182,50 @@ def test_it_begins_wherever_it_is_installed_and_whatever_lies_beside_it(started,
     os.kill(run.process.pid, signal.SIGTERM)
     run.ended(within=10)
     shutil.rmtree(run.run)
+
+
+@pytest.mark.slow
+def test_a_run_whose_images_were_exchanged_says_so_and_goes_on_when_they_are_back(started, tmp_path):
+    """The sites answer nothing of other images than those that they approved; their owner reads why."""
+    write_images(tmp_path / "own.npz", train=120, holdout=60, size=16, seed=1)
+    run = started(data="own.npz")
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.ended(within=10)
+    own = (tmp_path / "own.npz").read_bytes()
+    write_images(tmp_path / "own.npz", train=120, holdout=60, size=16, seed=2)
+    stopped = run.go_on()
+    assert stopped.returncode == 1
+    assert "site-1's own log" in stopped.stderr and "the images are not those that were there" in stopped.stderr
+    assert "Approve the study again, or put the images back" in stopped.stderr
+    assert "synthward run --resume" in stopped.stderr.splitlines()[-1]
+    (tmp_path / "own.npz").write_bytes(own)
+    done = run.go_on()
+    assert done.returncode == 0, done.stderr
+    assert verify_checksums(run.run) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 60 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_during_a_run_is_named_and_the_run_goes_on_when_there_is_room(started, small_disk, tmp_path):
+    run = started(small_disk, log=tmp_path / "log")
+    filler = small_disk / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], stderr=subprocess.DEVNULL, check=False)
+    line = run.ended(within=200)
+    assert run.process.returncode == 1
+    assert line.startswith("error: ") and "synthward run --resume" in line
+    assert re.search("No space left on device|disk is full", run.text)
+    filler.unlink()
+    done = run.go_on()
+    assert done.returncode == 0, done.stderr
+    assert verify_checksums(run.run) == []
+    assert sum(claim["basis"] == "ledger" for claim in run.claim["sites"]) == 3

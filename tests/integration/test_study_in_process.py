@@ -157,8 +157,7 @@ def test_a_silent_and_a_crashed_site_are_named_and_their_whole_planned_cost_is_c
 
 
 def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkpoint(tmp_path):
-    run = _Run(tmp_path)
-    run.grid.crashed = set()
+    run = _Run(tmp_path, tiny_study(federation={"timeout_seconds": 1}))
     original = run.grid.push_messages
     trained = []
 
@@ -166,7 +165,7 @@ def test_too_few_sites_stop_the_run_cleanly_and_a_resume_goes_on_from_the_checkp
         messages = list(messages)
         if messages[0].metadata.message_type == "train":
             trained.append(1)
-            run.grid.crashed = {2, 3} if len(trained) == 2 else set()
+            run.grid.crashed = {2, 3} if len(trained) >= 2 else set()
         return original(messages)
 
     run.grid.push_messages = push

@@ -33,7 +33,7 @@ class ScriptedSites:
         failures = {node: said for node, said in given.items() if isinstance(said, str)}
         return Returned(answers, failures | {n: "no answer" for n in requests if n not in given})
 
-    def wait_for(self, count: int) -> list[int]:
+    def wait_for(self, count: int, **_: Any) -> list[int]:
         return list(range(1, count + 1))
 
     @property

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from common.errors import StorageError
-from common.sockets import LONGEST, address_of, require_free
+from common.sockets import LONGEST, address_of, taken
 
 
 @pytest.fixture
@@ -36,29 +36,48 @@ def test_whatever_the_path_is_a_caller_reaches_who_listens(short, name):
         assert path.is_socket()
         with grpc.insecure_channel(address_of(path)) as channel:
             assert channel.unary_unary("/a.B/C")(b"x", timeout=20) == b"x!"
-        with pytest.raises(StorageError, match="another process answers there"):
-            require_free(path)
+        with pytest.raises(StorageError, match="another process answers there"), taken(path):
+            pass
     finally:
         server.stop(None).wait()
 
 
 def test_the_socket_of_a_dead_process_is_free_and_no_other_file_is(short):
     path = short / "site.sock"
-    require_free(path)
+    with taken(path):
+        pass
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    require_free(path)
+    with taken(path):
+        pass
     path.unlink()
     path.write_text("a file")
-    with pytest.raises(StorageError, match="is no socket"):
-        require_free(path)
+    with pytest.raises(StorageError, match="is no socket"), taken(path):
+        pass
     assert path.read_text() == "a file"
+
+
+def test_of_two_that_begin_at_the_same_moment_one_has_it(short):
+    path = short / "new" / "site.sock"
+    with taken(path):
+        with pytest.raises(StorageError, match="another process answers there"), taken(path):
+            pass
+        with taken(path.with_name("other.sock")):
+            pass
+    with taken(path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(short):
+    (short / "file").touch()
+    with pytest.raises(StorageError, match="cannot listen there"), taken(short / "file" / "site.sock"):
+        pass
 
 
 def test_a_path_is_as_long_as_a_socket_allows(short):
     room = LONGEST - len(os.fsencode(short)) - 1
-    require_free(short / ("x" * room))
-    with pytest.raises(StorageError, match=f"{LONGEST + 1} bytes, {LONGEST} at most"):
-        require_free(short / ("x" * (room + 1)))
-    with pytest.raises(StorageError, match="bytes"):
-        require_free(short / ("ü" * (room // 2 + 1)))
+    with taken(short / ("x" * room)):
+        pass
+    for name in ("x" * (room + 1), "ü" * (room // 2 + 1)):
+        with pytest.raises(StorageError, match="bytes, 107 at most"), taken(short / name):
+            pass

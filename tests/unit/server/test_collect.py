@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -106,8 +108,19 @@ def test_bytes_that_are_no_answer_drop_the_site(data):
 
 def test_silence_and_failure_are_reasons_and_leave_the_question_open():
     found, site = _left_out("no answer before the deadline")
-    assert found.reasons == {"site-2": "no answer before the deadline"}
+    assert re.fullmatch(
+        r"no answer before the deadline; last heard of at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", found.reasons["site-2"]
+    )
+    assert found.unreachable == {2: "site-2"}
     assert site.open_question
+
+
+def test_the_last_contact_of_a_silent_site_is_its_last_answer():
+    members = _members(1, 2)
+    members[1].heard = members[2].heard = datetime(2026, 1, 2, 3, 4, 5)
+    found = _collect({1: answer(1), 2: "the site's process failed (Flower error 2)"}, members)
+    assert found.reasons["site-2"].endswith("(Flower error 2); last heard of at 2026-01-02 03:04:05")
+    assert members[1].heard > members[2].heard
 
 
 def test_an_answer_to_another_question_is_dropped():

@@ -29,10 +29,13 @@ from support.studies import agreement, tiny_study
 
 FEDAVG = tiny_study(training={"rounds": 1})
 FEDSGD = tiny_study(training={"rounds": 1, "algorithm": "fedsgd", "local_steps": 1, "parameters": "bias"})
+
 BATCH = 0.2 * 70  # sample_rate × counts of a made-up member
 
 
 def _session(tmp_path, study, by_node, *, members=(1, 2, 3)):
+    impatient = study.federation.model_copy(update={"timeout_seconds": 0.05})  # it is asked again for as long
+    study = study.model_copy(update={"federation": impatient})
     agreed, sites, out = agreement(study), ScriptedSites(by_node), io.StringIO()
     folder = RunFolder.create(tmp_path, study, agreed.plan)
     session = Session(agreed, folder, sites.group, Progress(folder, out), {n: member(n) for n in members})
@@ -174,8 +177,8 @@ def test_sites_enrol_with_their_counts_and_stay_in_the_record_of_the_run(tmp_pat
     assert {m.name: m.counts for m in session.members.values()} == {"site-1": [30.0, 10.0], "site-3": [30.0, 30.0]}
     assert session.folder.result("enrol") == {
         "gone": {"phantoms": False, "random_source": "old"},
-        "site-1": {"phantoms": True, "random_source": "AES-CTR; SEEDED"},
-        "site-3": {"phantoms": True, "random_source": "AES-CTR"},
+        "site-1": {"phantoms": True, "random_source": "AES-CTR; SEEDED", "node": 1},
+        "site-3": {"phantoms": True, "random_source": "AES-CTR", "node": 3},
     }
 
 
