@@ -27,7 +27,9 @@ BEGUN = "train     1/"
 class _Started:
     """`synthward run` of a tiny study with many rounds, under way in its first ones."""
 
-    def __init__(self, folder: Path, *, python=sys.executable, until=BEGUN, rounds=60, data=None, log=None, **environment):
+    def __init__(
+        self, folder: Path, *, python=sys.executable, until=BEGUN, rounds=60, data=None, log=None, **environment
+    ):
         (folder / "tiny.toml").write_text(tiny_toml())
         self.folder, self.log = folder, log or folder / "log"
         command = [python, "-P", "-m", "server.cli", "run", "tiny.toml", "--out", "my runs"]
