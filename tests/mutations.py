@@ -42,6 +42,9 @@ COLLECT = "tests/unit/server/test_collect.py"
 CLAIMS = "tests/unit/common/test_claims.py"
 REFERENCE = "tests/unit/client/test_reference.py"
 PLACES = "tests/unit/client/test_places.py"
+BACKUP = "tests/unit/client/test_backup.py"
+WITHDRAWAL = "tests/unit/client/test_withdrawal.py"
+SOCKETS = "tests/unit/common/test_sockets.py"
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,26 @@ MUTATIONS = (
        "if not bounded_arrays({name: array}, LARGEST_WEIGHT):", "if False:", GATE),
     _m("weights of any type are taken", "common/model/weights.py", 'if array.dtype != "float32" or ', "if ",
        GATE, ENEMY),
+    # what happens around a site: backups, replaced images, the socket
+    _m("any delta passes", "client/privacy/policy.py", "if study.privacy.delta > cohort.largest_delta:", "if False:",
+       APPROVAL),
+    _m("delta is held against the smaller partition", "client/privacy/policy.py",
+       "max(1, self.units, self.held_out)", "max(1, min(self.units, self.held_out))", APPROVAL),
+    _m("a running service takes an older ledger", "client/service.py", "not holds(ledger, *self._seen)", "False",
+       BACKUP),
+    _m("the list does not hear of answers", "client/service.py", "                registry.place(config.name, ledger)",
+       "                pass", BACKUP),
+    _m("an older backup is restored", "client/backup.py", "            accept(ledger)\n", "", BACKUP),
+    _m("a changed file of a backup is taken", "client/backup.py",
+       "if hashlib.sha256(data).hexdigest() != sums[member.name]:", "if False:", BACKUP),
+    _m("a request is answered of other images than were approved", "client/service.py",
+       "if site.fingerprints(ledger.key).digest != approval.data:", "if False:", WITHDRAWAL),
+    _m("a process keeps images of a file that was replaced", "client/site.py",
+       "if known[0] == path and before != versions:", "if False:", WITHDRAWAL),
+    _m("two processes take one socket", "common/sockets.py", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+       "pass", SOCKETS),
+    _m("a socket that somebody else serves is taken", "common/sockets.py", "        _require_free(path)\n", "",
+       SOCKETS),
 )  # fmt: skip
 
 

@@ -136,6 +136,22 @@ def test_a_cut_or_flipped_backup_is_refused(path, tmp_path):
             restore(half, tmp_path / f"spoilt-{number}", accept=lambda _: None)
 
 
+def test_one_changed_byte_of_any_file_in_it_is_found(path, tmp_path):
+    file, spoilt = tmp_path / "backup.tar", tmp_path / "spoilt.tar"
+    (load_site_config(path).state / "note.txt").write_text("what nothing else checks")
+    _back_up(path, file)
+    with tarfile.open(file) as tar:
+        files = [(m.name, m.offset_data, m.size) for m in tar.getmembers()[:-1] if m.size]
+    assert {"ledger.sqlite", "ledger.key", "note.txt"} < {name for name, _, _ in files}
+    for name, offset, size in files:
+        data = bytearray(file.read_bytes())
+        data[offset + size // 2] ^= 1
+        spoilt.write_bytes(data)
+        with pytest.raises(StorageError, match=f"'{name}' in it was changed"):
+            restore(spoilt, tmp_path / "again", accept=lambda _: None)
+        assert not (tmp_path / "again").exists()
+
+
 def test_an_older_backup_than_the_machine_has_seen_is_not_taken(path, tmp_path):
     config, file = load_site_config(path), tmp_path / "backup.tar"
     with closing(config.ledger()) as ledger, Registry(config.registry).locked():
