@@ -15,6 +15,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+_LONGEST_TMPDIR = 20
+
+# A socket's path has 107 characters at most, and pytest's own folders need half of them. What the tests start still sees
+# TMPDIR as it is.
+if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
+    tempfile.tempdir = "/tmp"
+
 # Before anything imports flwr: it reads these once, and would else write into the home of whoever runs the tests.
 _FLOWER_HOME = tempfile.mkdtemp(prefix="synthward-flower-")
 atexit.register(shutil.rmtree, _FLOWER_HOME, ignore_errors=True)

@@ -86,7 +86,12 @@ def _bad_data(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "layout", "nan", "class missing", "one image in a class", "label out of range"]
+    "kind",
+    ["missing", "label out of range"]  # all kinds: tests/unit/client/test_npz_source.py and test_checks.py
+    + [
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("layout", "nan", "class missing", "one image in a class")
+    ],
 )
 def test_bad_data_gives_one_line_and_nothing_is_made_or_spent(study, tmp_path, kind):
     path, words = _bad_data(kind, tmp_path)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -117,6 +121,35 @@ def test_other_signals_end_it_as_well(started, number, code):
     os.kill(run.process.pid, number)
     assert "Go on with: synthward run --resume" in run.ended(within=10)
     assert run.process.returncode == code
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_it(tmp_path):
+    """A real one: the kernel sends SIGHUP, and from then on nothing can be written to it."""
+    (tmp_path / "tiny.toml").write_text(tiny_toml())
+    command = [sys.executable, "-P", "-m", "server.cli", "run", "tiny.toml", "--out", "runs"]
+    command += ["--set", "training.rounds=60"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    text, deadline = "", time.monotonic() + 240
+    while BEGUN not in text and time.monotonic() < deadline:
+        text += os.read(ours, 4096).decode(errors="replace")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.close(ours)
+    try:
+        assert process.wait(10) == 129
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+    finally:
+        for member in (process, *family):
+            with contextlib.suppress(psutil.Error, OSError):
+                member.kill()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "plan.json").exists() and not (run / "SHA256SUMS").exists()
 
 
 @pytest.mark.slow
