@@ -17,8 +17,8 @@ from hypothesis import settings
 
 _LONGEST_TMPDIR = 20
 
-# A socket's path has 107 characters at most, and pytest's own folders need half of them. What the tests start still sees
-# TMPDIR as it is.
+# A socket's path has 107 characters at most, and pytest's own folders need half of them. What the tests start still
+# sees TMPDIR as it is.
 if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
     tempfile.tempdir = "/tmp"
 
