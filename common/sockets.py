@@ -40,7 +40,9 @@ def taken(path: Path) -> Iterator[None]:
                            remedy="Give a folder with a shorter path.")  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # No link: who may write to the folder (a carrier) could point it at a lock that the site itself waits for.
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        lock = os.open(path.with_name(f".{path.name}.lock"), flags, 0o600)
     except OSError as error:
         raise unusable(path, error) from error
     try:

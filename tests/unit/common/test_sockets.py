@@ -68,6 +68,13 @@ def test_of_two_that_begin_at_the_same_moment_one_has_it(short):
         pass
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(short):
+    (short / ".site.sock.lock").symlink_to(short / "elsewhere")
+    with pytest.raises(StorageError, match="cannot listen there"), taken(short / "site.sock"):
+        pass
+    assert not (short / "elsewhere").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(short):
     (short / "file").touch()
     with pytest.raises(StorageError, match="cannot listen there"), taken(short / "file" / "site.sock"):
