@@ -25,6 +25,7 @@ import psutil
 from common import errors
 from common.errors import DataError, FederationError, StorageError, SynthwardError
 from common.files import read_json
+from common.text import printable
 from server.checkpoints import RunFolder
 from server.engine import OUTCOME
 from server.launch import at_once, environment, site_files
@@ -108,7 +109,7 @@ class _Process:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         code = self.popen.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        said = "".join(c if c.isprintable() else " " for c in (lines or [""])[-1])[:_LONGEST_WORDS]
+        said = printable((lines or [""])[-1])[:_LONGEST_WORDS]
         return f"{how}: {said}" if said else how
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import Refused, ReplyError
+from common.text import printable
 
 _LONGEST = 400  # characters of one message
 _HEAD = re.compile(r"\d{4}-\d\d-\d\dT\S+ (\w+)$")  # time and kind; what follows is indented
@@ -67,4 +68,4 @@ def _messages(text: str) -> list[str]:
         elif entries and line.strip():
             entries[-1] = (entries[-1][0], _CLASS.sub("", line.strip()))
     untold = [said for kind, said in entries if said and kind not in _TOLD]
-    return ["".join(c if c.isprintable() else " " for c in said)[:_LONGEST] for said in untold]
+    return [printable(said)[:_LONGEST] for said in untold]

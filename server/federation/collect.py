@@ -30,6 +30,7 @@ from common.protocol import (
     decode_answer,
     decode_arrays,
 )
+from common.text import printable
 from server.federation.members import Member
 from server.federation.sites import Requests, SiteGroup
 
@@ -177,5 +178,4 @@ def _label(node: int, member: Member | None, answer: Answer | None, collected: C
 
 def _plain(text: str) -> str:
     """A site's words as one line that no terminal takes for a command."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * _LONGEST_REASON])
-    return " ".join(printable.split())[:_LONGEST_REASON]
+    return " ".join(printable(text[: 4 * _LONGEST_REASON]).split())[:_LONGEST_REASON]

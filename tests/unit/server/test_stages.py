@@ -29,7 +29,6 @@ from support.studies import agreement, tiny_study
 
 FEDAVG = tiny_study(training={"rounds": 1})
 FEDSGD = tiny_study(training={"rounds": 1, "algorithm": "fedsgd", "local_steps": 1, "parameters": "bias"})
-
 BATCH = 0.2 * 70  # sample_rate × counts of a made-up member
 
 
