@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.privacy.ledger import Entry, Ledger, compose
+from client.privacy.ledger import Entry, Ledger
 from client.privacy.policy import SitePolicy
+from common.accounting import epsilon_of
 from common.mechanisms import PARTITIONS, Partition
 
 MOST_POINTS = 12  # of the curve; each costs the accountant about a second
@@ -134,7 +135,10 @@ def account_of(site: str, ledger: Ledger, policy: SitePolicy) -> Account:
 
 
 def _epsilon(entries: Sequence[Entry], policy: SitePolicy) -> dict[Partition, float]:
-    return {part: compose(entries, part, delta=policy.max_delta, accountant=policy.accountant) for part in PARTITIONS}
+    """Of the reservations among these entries, by partition."""
+    losses = {part: [e.loss for e in entries if e.kind == "reserved" and e.body["partition"] == part]
+              for part in PARTITIONS}  # fmt: skip
+    return {part: epsilon_of(losses[part], delta=policy.max_delta, accountant=policy.accountant) for part in PARTITIONS}
 
 
 def _study(study: str, name: str, everything: Sequence[Entry], policy: SitePolicy) -> StudyAccount:

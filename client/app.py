@@ -53,17 +53,26 @@ def handle_validate(message: Message, context: Context) -> Message:
 def relay(message: Message, context: Context) -> Message:
     """One request to the site's process and its answer; or, where that cannot be reached, that it cannot."""
     limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    socket = socket_of(context)
     try:
-        with grpc.insecure_channel(address_of(socket), options=limits) as channel:
+        with grpc.insecure_channel(address_of(socket_of(context)), options=limits) as channel:
             answer = channel.unary_unary(ANSWER)
             reply = answer(from_record(message.content), timeout=message.metadata.ttl)
-    except grpc.RpcError as error:
-        what = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
-        name = str(context.node_config.get("name") or socket.stem)
-        body = Unreachable(carrier=name[:100], what=f"its process does not answer at {socket.name[:100]} ({what})")
-        reply = encode(Answer(site=None, spent=None, body=body))
+    except Exception as error:  # else Flower would say nothing but a number
+        reply = encode(Answer(site=None, spent=None, body=_unreachable(context, error)))
     return Message(content=to_record(reply), reply_to=message)
+
+
+def _unreachable(context: Context, error: Exception) -> Unreachable:
+    """What the coordinator reads in the place of an answer: whose carrier this is, and why it has none."""
+    name = str(context.node_config.get("name") or Path(str(context.node_config.get("site", ""))).stem or "a carrier")
+    code = error.code() if isinstance(error, grpc.Call) else None
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        what = "the request is larger than the site reads (performance.max_message_mb of its site file)"
+    elif isinstance(error, grpc.RpcError):
+        what = f"its process does not answer ({type(error).__name__ if code is None else code.name})"
+    else:  # a DataError of ours says what to set; anything else may hold a path
+        what = f"its carrier failed ({error.what if isinstance(error, DataError) else type(error).__name__})"
+    return Unreachable(carrier=name[:100], what=what[:400], again=code is not grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 def socket_of(context: Context) -> Path:

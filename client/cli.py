@@ -266,13 +266,14 @@ def serve(
             print(f"warning: {path}: every user of this machine may read it; chmod o-rwx", file=sys.stderr, flush=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda code, _: os._exit(128 + code) if stop.is_set() else stop.set())
     with serving(sites, sockets) as made:
         print("ready: " + " ".join(map(str, made)), flush=True)
         if while_stdin:
             sys.stdin.buffer.read()
             os._exit(0)  # whoever started us is gone: an answer under way is reserved, so nothing is under-counted
         stop.wait()
+        print("stopping once the answer under way has left; a second signal ends it, its cost counted", flush=True)
     print("stopped")
 
 

@@ -25,21 +25,21 @@ from common.study import Study
 
 
 def private_reference(
-    gate: Gate, study: Study, units: Units, *, state: Path, expected_batch: float, memory_mb: int
+    gate: Gate, study: Study, units: Units, *, expected_batch: float, memory_mb: int
 ) -> BiomarkerClassifier | None:
-    """From the site's store when it was trained before, else trained and paid for now ("reference" of the plan).
+    """From the site's store when it was trained on these images before, else trained and paid for now ("reference").
 
-    None when its budget went in a run that was killed: the synthetic figures do not depend on it.
+    None when its budget went in a run that was killed, or on images that are others by now: the synthetic figures do
+    not depend on it.
 
     Args:
-        state: the site's folder; the trained reference is kept there.
         expected_batch: public estimate of the units per step.
 
     Raises:
         NotApproved, PolicyRefusal: refused; no record was touched.
         StudyError: the study's backbone cannot be trained privately.
     """
-    kept = state / f"reference-{study.sha256[:16]}.safetensors"
+    kept = gate.kept("reference")
     data, backbone = study.data, study.validation.backbone
     if kept.exists():
         arrays = unpack_arrays(kept.read_bytes(), where=str(kept))

@@ -8,7 +8,6 @@ names and paths, nothing of records. It is the machine user's own, or wherever t
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from client.privacy.ledger import Ledger, NoLedger
 from common.errors import CheckpointError, StorageError
 from common.files import read_json, storage_error, write_json
+from common.locks import held
 from common.settings import Settings
 
 
@@ -125,14 +125,10 @@ class Registry:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise storage_error(error, self.path) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(self.path.with_suffix(".lock")):
             yield
-        finally:
-            os.close(lock)
 
     def _write(self, rows: list[Known]) -> None:
         write_json(self.path, [row.model_dump() for row in sorted(rows, key=lambda row: (row.site, row.state))])

@@ -13,22 +13,21 @@ images opened, and held against what was approved. So no refusal depends on a re
 
 from __future__ import annotations
 
-import fcntl
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import grpc
 
+from client.log import write_error
 from client.privacy.gate import Gate, Released
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import NoiseSource
+from client.privacy.store import Store
 from client.registry import Registry, holds
 from client.site import Site, SiteConfig, load_site_config
 from client.stages.enrol import enrol
@@ -37,7 +36,7 @@ from client.stages.moments import moments
 from client.stages.train import train
 from client.stages.validate import validate
 from common.errors import DataError, NotApproved, Refused, ReplyError, StorageError
-from common.files import append_line, storage_error
+from common.locks import held
 from common.protocol import (
     Answer,
     Arrays,
@@ -55,10 +54,10 @@ SERVICE, METHOD = "synthward.Site", "Answer"  # as in client/app.py; a test hold
 STAGES: dict[str, Callable[[Site, Gate, Any, Arrays], Released]] = {
     "enrol": enrol, "moments": moments, "features": features, "train": train, "validate": validate,
 }  # fmt: skip
-MOST_LOG_BYTES = 10_000_000  # of the site's log: who asks in vain without end must not fill the disk
 _WORKERS = 16  # requests of one site that may be on their way at a time
 _MOST_TEXT = 400  # characters of a refusal's texts
-_MOST_LOGGED = 4000  # characters of one error in the log
+_LOOK_SECONDS = 0.5  # between two looks whether whoever waits for a turn is still there
+_GRACE_SECONDS = 5.0  # for an answer that is ready to leave
 
 
 class SiteService:
@@ -73,6 +72,7 @@ class SiteService:
         config, request = None, None
         try:
             config = load_site_config(self.path)
+            Site.forget_replaced(self.path)  # also where this request opens no image
             if len(data) > config.performance.max_message_mb << 20:
                 raise ReplyError(f"a request of over {config.performance.max_message_mb} MiB", where="request")
             request, rest = decode_request(data)
@@ -84,7 +84,7 @@ class SiteService:
                     self._note(config, ledger)
         except Exception as error:  # the text of an exception may speak of records: only known, clean texts go out
             _log(config, error)
-            return _refusal(config, request, error)
+            return self._refusal(config, request, error)
 
     def _require_same(self, config: SiteConfig, ledger: Ledger) -> None:
         """See that nobody has put an older ledger, or another one, in the place of the one we answered from."""
@@ -108,19 +108,14 @@ class SiteService:
             _log(config, error)
 
     def _released(self, config: SiteConfig, ledger: Ledger, request: Request, rest: bytes, number: str) -> Released:
-        study, gate = request.agreement.study, _gate(config, ledger, request, number)
+        study, gate = request.agreement.study, self._gate(config, ledger, request, number)
         try:
             approval = gate.admit()
             stored = gate.stored()
             if stored is not None:
                 return stored
             arrays = decode_arrays(rest, "request")
-            site = Site.open(self.path, study)
-            if site.fingerprints(ledger.key).digest != approval.data:
-                raise DataError(
-                    "the images are not those that were there when the study was approved", where=str(self.path),
-                    remedy="Approve the study again, or put the images back.",
-                )  # fmt: skip
+            site = Site.approved(self.path, study, ledger, approval)
             return STAGES[request.stage](site, gate, request, arrays)
         except NotApproved:  # nobody's study: no entry, or thirty studies would make thirty
             raise
@@ -130,56 +125,44 @@ class SiteService:
             )
             raise
 
+    def _gate(self, config: SiteConfig, ledger: Ledger, request: Request, number: str) -> Gate:
+        study = request.agreement.study
+        return Gate(
+            facts=config.facts(), agreement=request.agreement, request=number, policy=config.policy, ledger=ledger,
+            source=NoiseSource(config.test_noise_seed), store=Store(config.state),
+            images=lambda approval: Site.approved(self.path, study, ledger, approval),
+        )  # fmt: skip
 
-def _gate(config: SiteConfig, ledger: Ledger, request: Request, number: str) -> Gate:
-    return Gate(
-        facts=config.facts(), agreement=request.agreement, request=number, policy=config.policy, ledger=ledger,
-        source=NoiseSource(config.test_noise_seed), replies=config.state / "replies",
-    )  # fmt: skip
+    def _refusal(self, config: SiteConfig | None, request: Request | None, error: Exception) -> bytes:
+        """A no that says nothing of records: refusals and bad requests are told, all else is one text."""
+        kind, what, remedy = "Unavailable", "the site cannot answer now", "The site's own log says why."
+        rule = asked = allowed = ""
+        if isinstance(error, Refused | ReplyError):
+            kind, remedy = type(error).__name__, error.remedy
+            what = f"{error.where}: {error.what}" if error.where else error.what
+        if isinstance(error, Refused):
+            rule, asked, allowed = error.where, error.asked, error.allowed
+        kind, what, remedy, rule, asked, allowed = (t[:_MOST_TEXT] for t in (kind, what, remedy, rule, asked, allowed))
+        body = Refusal(kind=kind, what=what, remedy=remedy, rule=rule, asked=asked, allowed=allowed)
+        facts = spent = None
+        try:
+            facts = None if config is None else config.facts()
+            spent = None if config is None or request is None else self._spent(config, request)
+        except Exception as second:  # the first error is the one to tell
+            _log(config, second)
+        return encode(Answer(site=facts, spent=spent, body=body))
 
-
-def _refusal(config: SiteConfig | None, request: Request | None, error: Exception) -> bytes:
-    """A no that says nothing of records: refusals and what is wrong with a request are told, all else is one text."""
-    kind, what, remedy = "Unavailable", "the site cannot answer now", "The site's own log says why."
-    rule = asked = allowed = ""
-    if isinstance(error, Refused | ReplyError):
-        kind, remedy = type(error).__name__, error.remedy
-        what = f"{error.where}: {error.what}" if error.where else error.what
-    if isinstance(error, Refused):
-        rule, asked, allowed = error.where, error.asked, error.allowed
-    kind, what, remedy, rule, asked, allowed = (t[:_MOST_TEXT] for t in (kind, what, remedy, rule, asked, allowed))
-    body = Refusal(kind=kind, what=what, remedy=remedy, rule=rule, asked=asked, allowed=allowed)
-    facts = spent = None
-    try:
-        facts = None if config is None else config.facts()
-        spent = None if config is None or request is None else _spent(config, request)
-    except Exception as second:  # the first error is the one to tell
-        _log(config, second)
-    return encode(Answer(site=facts, spent=spent, body=body))
-
-
-def _spent(config: SiteConfig, request: Request) -> Spent | None:
-    """What the ledger holds of an approved study; None for any other."""
-    with closing(config.ledger()) as ledger:
-        if ledger.approval(request.agreement.study.sha256) is None:
-            return None
-        return _gate(config, ledger, request, "").spent()
+    def _spent(self, config: SiteConfig, request: Request) -> Spent | None:
+        """What the ledger holds of an approved study; None for any other."""
+        with closing(config.ledger()) as ledger:
+            if ledger.approval(request.agreement.study.sha256) is None:
+                return None
+            return self._gate(config, ledger, request, "").spent()
 
 
 def _log(config: SiteConfig | None, error: Exception) -> None:
-    """Keep the whole story at the site, in a file and the one before it."""
-    if config is None:
-        return
-    try:
-        log = config.state / "site.log"
-        if log.exists() and log.stat().st_size > MOST_LOG_BYTES:
-            log.replace(log.with_suffix(".log.1"))
-        stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        text = str(error) if isinstance(error, Refused) else "".join(traceback.format_exception(error))
-        lines = text[-_MOST_LOGGED:].splitlines() or [""]  # indented: no text of a request passes for a line of ours
-        append_line(log, "\n    ".join([f"{stamp} {type(error).__name__}", *lines]))
-    except Exception:
-        return
+    if config is not None:
+        write_error(config.state, error)
 
 
 @contextmanager
@@ -191,32 +174,69 @@ def serving(sites: Sequence[Path], sockets: Path) -> Iterator[list[Path]]:
         StorageError: a socket cannot be made.
     """
     with ExitStack() as stack:
-        turns = Lock()
-        made = []
-        for path in sites:
-            if sockets / f"{path.stem}.sock" in made:
-                raise DataError(
-                    f"two site files are called {path.stem}, and so would their sockets be", where=str(path),
-                    remedy="Rename one, or serve them over two folders.",
-                )  # fmt: skip
-            config = load_site_config(path)
-            config.ledger().close()  # before anybody is told that the site is ready
-            stack.enter_context(_only_one(config))
-            made.append(sockets / f"{path.stem}.sock")
-            stack.enter_context(taken(made[-1]))
-            stack.callback(_listen(SiteService(path), made[-1], turns, config.performance.max_message_mb).stop, None)
-        yield made
+        turns, made, listening = _Turns(), list[Path](), list[grpc.Server]()
+        try:
+            for path in sites:
+                if sockets / f"{path.stem}.sock" in made:
+                    raise DataError(
+                        f"two site files are called {path.stem}, and so would their sockets be", where=str(path),
+                        remedy="Rename one, or serve them over two folders.",
+                    )  # fmt: skip
+                config = load_site_config(path)
+                config.ledger().close()  # before anybody is told that the site is ready
+                stack.enter_context(held(config.state / "service.lock", busy=_served(config)))
+                made.append(sockets / f"{path.stem}.sock")
+                stack.enter_context(taken(made[-1]))
+                listening.append(_listen(SiteService(path), made[-1], turns, config.performance.max_message_mb))
+            yield made
+        finally:  # before the locks are let go
+            _finish(listening, turns)
 
 
-def _listen(service: SiteService, socket: Path, turns: Lock, largest_mb: int) -> grpc.Server:
+class _Turns:
+    """One request at a time, over all sites of the process; none once it is about to end."""
+
+    def __init__(self) -> None:
+        self._lock, self._over = Lock(), Event()
+
+    def take(self, context: grpc.ServicerContext) -> None:
+        """Wait for one's turn; a call that is given up meanwhile, or comes too late, ends here."""
+        while context.is_active() and not self._over.is_set():
+            if self._lock.acquire(timeout=_LOOK_SECONDS):
+                if not self._over.is_set():
+                    return
+                self._lock.release()
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the site's process ends")
+
+    def give(self) -> None:
+        self._lock.release()
+
+    def end(self) -> None:
+        """Wait for the one who has it, and let nobody else have it."""
+        self._over.set()
+        self._lock.acquire()
+
+
+def _finish(listening: list[grpc.Server], turns: _Turns) -> None:
+    """Let the answer under way come to its end and leave; only then may another process take this one's place, or the
+    same request would be computed, and paid for, in both."""
+    turns.end()
+    for ended in [server.stop(_GRACE_SECONDS) for server in listening]:
+        ended.wait()
+
+
+def _listen(service: SiteService, socket: Path, turns: _Turns, largest_mb: int) -> grpc.Server:
     """A server whose requests take turns; one that never comes to its end holds up one worker, not the rest."""
     limits = [("grpc.max_receive_message_length", (largest_mb << 20) + 1024), ("grpc.max_send_message_length", -1)]
     workers = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="site")
     server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=_WORKERS)
 
-    def answer(data: bytes, _: Any) -> bytes:
-        with turns:
+    def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
+        turns.take(context)
+        try:
             return service.answer(data)
+        finally:
+            turns.give()
 
     handler = grpc.unary_unary_rpc_method_handler(answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -237,18 +257,7 @@ def exposed(config: SiteConfig) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & 0o007 and path.parent.stat().st_mode & 0o007]
 
 
-@contextmanager
-def _only_one(config: SiteConfig) -> Iterator[None]:
-    """Hold the site's lock: two processes would answer the same request twice."""
-    try:
-        lock = (config.state / "service.lock").open("w")
-    except OSError as error:
-        raise storage_error(error, config.state / "service.lock") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                "another process serves this site", where=str(config.state), remedy="End it first, or use that one."
-            ) from error
-        yield
+def _served(config: SiteConfig) -> DataError:
+    return DataError(
+        "another process serves this site", where=str(config.state), remedy="End it first, or use that one."
+    )  # fmt: skip

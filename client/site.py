@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,13 @@ from pydantic import Field, ValidationError
 from client.data.checks import SiteReport, check_splits
 from client.data.content import Content, look_at, sheet
 from client.data.sources import SourceConfig, Splits, open_source
+from client.log import write_error
 from client.privacy.fingerprints import Fingerprints
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Approval, Ledger
 from client.privacy.policy import Cohort, SitePolicy
 from client.privacy.randomness import NoiseSource
 from client.registry import open_ledger
 from common.errors import DataError
-from common.files import append_line
 from common.images import Units
 from common.protocol import SiteFacts, SiteName
 from common.settings import Settings, read_toml, settings_error_line
@@ -97,8 +97,27 @@ class Site:
         Raises:
             DataError: the site file or the images cannot be used; says which file, field and remedy.
         """
-        data = getattr(load_site_config(path).data, "path", None)
-        return _kept.get(path, study, (_version(path), _version(data)))
+        return _kept.get(path, study)
+
+    @classmethod
+    def approved(cls, path: Path, study: Study, ledger: Ledger, approval: Approval) -> Site:
+        """Open it, and see that the images are those of an approval. Cheap while no file has changed.
+
+        Raises:
+            DataError: they are others, or cannot be used.
+        """
+        site = cls.open(path, study)
+        if site.fingerprints(ledger.key).digest != approval.data:
+            raise DataError(
+                "the images are not those that were there when the study was approved", where=str(path),
+                remedy="Approve the study again, or put the images back.",
+            )  # fmt: skip
+        return site
+
+    @staticmethod
+    def forget_replaced(path: Path) -> None:
+        """Let go of what this process has read of a site's file that is another one by now."""
+        _kept.forget_replaced(path)
 
     @cached_property
     def content(self) -> Content:
@@ -126,8 +145,7 @@ class Site:
         try:
             yield
         except Exception as error:
-            with suppress(Exception):
-                append_line(self.state / "site.log", f"{what} failed ({type(error).__name__})")
+            write_error(self.state, error, doing=what)
 
     @property
     def state(self) -> Path:
@@ -158,12 +176,11 @@ def load_site_config(path: Path) -> SiteConfig:
     return config.model_copy(update={"state": base / config.state, "data": data, "registry": registry})
 
 
-def _version(path: Path | None) -> tuple[int, ...]:
-    """Changes when the file does."""
-    if path is None or not path.exists():
-        return ()
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _versions(path: Path) -> tuple[object, ...]:
+    """Of a site file and of its images' file; changes when one of them does, be its time and size set back."""
+    files = (path, getattr(load_site_config(path).data, "path", None))
+    found = [file.stat() for file in files if file is not None and file.exists()]
+    return tuple((at.st_ctime_ns, at.st_mtime_ns, at.st_size, at.st_ino, at.st_dev) for at in found)
 
 
 class _Kept:
@@ -172,10 +189,15 @@ class _Kept:
     def __init__(self) -> None:
         self._opened: dict[tuple[Path, str], tuple[object, Site]] = {}
 
-    def get(self, path: Path, study: Study, versions: object) -> Site:
+    def forget_replaced(self, path: Path) -> object:
+        versions = _versions(path)
         for known, (before, _) in list(self._opened.items()):
             if known[0] == path and before != versions:
                 del self._opened[known]
+        return versions
+
+    def get(self, path: Path, study: Study) -> Site:
+        versions = self.forget_replaced(path)  # before it is read: what changes meanwhile is another version
         key = (path, study.sha256)
         if key not in self._opened:
             while len(self._opened) >= _MOST_OPEN:

@@ -182,11 +182,13 @@ class Unreachable(Part):
     Attributes:
         carrier: how the carrier's operator calls the site; the site itself has not said so.
         what: what the socket said.
+        again: whether asking again may help; what is too large for the site stays so.
     """
 
     stage: Literal["unreachable"] = "unreachable"
     carrier: Text
     what: Text
+    again: bool
 
 
 Request = EnrolRequest | MomentsRequest | FeaturesRequest | TrainRequest | ValidateRequest

@@ -5,16 +5,16 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from common.errors import StorageError
+from common.locks import held
 
 _PATIENCE_SECONDS = 2.0
 LONGEST = 107  # bytes of a socket's path (Linux, unix(7))
@@ -39,24 +39,27 @@ def taken(path: Path) -> Iterator[None]:
         raise StorageError(f"a socket's path of {length} bytes, {LONGEST} at most", where=str(path),
                            remedy="Give a folder with a shorter path.")  # fmt: skip
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        # No link: who may write to the folder (a carrier) could point it at a lock that the site itself waits for.
-        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        lock = os.open(path.with_name(f".{path.name}.lock"), flags, 0o600)
+        _make_folder(path.parent)
     except OSError as error:
         raise unusable(path, error) from error
-    try:
+    busy = _taken_already(path)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise _taken_already(path) from error
+            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy=busy))
+        except StorageError as error:
+            raise error if error is busy else unusable(path, error.what) from error
         _require_free(path)
         yield
-    finally:
-        os.close(lock)  # the file stays: who removed it could remove another one's
 
 
-def unusable(path: Path, error: Exception) -> StorageError:
+def _make_folder(folder: Path) -> None:
+    """For this user and its group: the carrier has to find the socket, whatever the umask hides from others."""
+    for missing in reversed([path for path in (folder, *folder.absolute().parents) if not path.exists()]):
+        missing.mkdir(exist_ok=True)
+        missing.chmod(0o750)
+
+
+def unusable(path: Path, error: object) -> StorageError:
     """What a site is told that cannot make its socket."""
     return StorageError(f"cannot listen there ({error})", where=str(path),
                         remedy="Give a --sockets folder that this user may write to.")  # fmt: skip
@@ -76,7 +79,7 @@ def _require_free(path: Path) -> None:
             probe.connect(str(path))
         except PermissionError as error:
             raise StorageError("a socket of another user", where=str(path), remedy="Give another folder.") from error
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             pass  # somebody is there, and busy
         except OSError:
             return

@@ -10,7 +10,7 @@ COPY server server
 RUN pip install --no-cache-dir --constraint constraints.txt .
 ENV OMP_WAIT_POLICY=passive
 # Both containers of a site have the group `synthward`, which may open the socket; only this user may read /site.
-RUN groupadd --gid 1500 synthward && useradd --create-home --uid 1501 --gid synthward site && install -d -o site -g synthward -m 2770 /run/synthward
+RUN groupadd --gid 1500 synthward && useradd --create-home --uid 1501 --gid synthward site && install -d -o site -g synthward -m 2710 /run/synthward
 USER site
 VOLUME ["/site", "/run/synthward"]
 ENTRYPOINT ["synthward-site"]

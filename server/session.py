@@ -25,13 +25,19 @@ _AGAIN_SECONDS = 10.0  # between two questions to a site that cannot be reached
 
 @dataclass
 class Session:
-    """One run in this process."""
+    """One run in this process.
+
+    Attributes:
+        members: by node, the sites that are enrolled.
+        known: by node, the names of sites that took part in an earlier process of this run.
+    """
 
     agreement: Agreement
     folder: RunFolder
     group: SiteGroup
     progress: Progress
     members: dict[int, Member] = field(default_factory=dict)
+    known: dict[int, str] = field(default_factory=dict)
 
     def ask(
         self, step: str, requests: Requests, body: type[B], screen: Screen[B], *, may_run_out: bool = False
@@ -65,7 +71,7 @@ class Session:
         waits for an answer. A site that is back sends what it has stored: nothing is paid for twice."""
         federation = self.agreement.study.federation
         deadline = time.monotonic() + federation.timeout_seconds
-        collected = collect(self.group, self.members, requests, body, screen)
+        collected = collect(self.group, self.members, requests, body, screen, known=self.known)
         while (
             len(collected.accepted) < federation.min_sites <= len(collected.accepted) + len(collected.unreachable)
             and time.monotonic() < deadline
@@ -75,7 +81,9 @@ class Session:
                 self.progress.wait(step, f"waiting for {site}, {left:.0f} s at most: {collected.reasons[site]}")
             time.sleep(min(_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
             again = {node: requests[node] for node in collected.unreachable}
-            collected = collect(self.group, self.members, again, body, screen, before=collected)
+            left = max(0.0, deadline - time.monotonic())
+            collected = collect(self.group, self.members, again, body, screen,
+                                known=self.known, before=collected, seconds=left)  # fmt: skip
         return collected
 
     def ask_sums(self, step: str, requests: Requests, body: type[B], shapes: Shapes) -> Arrays:

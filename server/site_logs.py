@@ -2,7 +2,7 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-At a hospital the coordinator reads only "the site's own log says why" (`client/service.py`).
+At a hospital the coordinator reads only "the site's own log says why" (`client/service.py`). `client/log.py` writes it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from common.errors import Refused, ReplyError
+from common.errors import Refused, ReplyError, SynthwardError
 from common.text import printable
 
-_LONGEST = 400  # characters of one message
-_HEAD = re.compile(r"\d{4}-\d\d-\d\dT\S+ (\w+)$")  # time and kind; what follows is indented
+_HEAD = re.compile(r"\d{4}-\d\d-\d\dT\S+ (\w+): (.*)$")  # time, kind, words; what follows is indented
 _TOLD = {kind.__name__ for kind in (ReplyError, Refused, *Refused.__subclasses__())}  # the server is told these
-_CLASS = re.compile(r"^(\w+\.)*\w+: ")  # as a traceback's last line begins
+_OURS = {kind.__name__ for kind in SynthwardError.__subclasses__()} | {"Note"}  # their words are enough
 
 
 class SiteLogs:
     """Follows the logs of simulated sites from now on."""
 
     def __init__(self, sites: list[Path]) -> None:
-        self._read = {site: _size(_log(site)) for site in sites}
+        self._read = {site: _state(_log(site)) for site in sites}
         self._said = set[tuple[str, str]]()
 
     def news(self) -> Iterator[tuple[str, str]]:
         """(site, message) of each new entry; the same message of a site is told once."""
         for site, before in self._read.items():
-            size = _size(_log(site))
-            if size == before:
+            now = _state(_log(site))
+            if now == before:
                 continue
-            self._read[site] = size
-            for message in _messages(_text(_log(site), before if size > before else 0)):
+            self._read[site] = now
+            for message in _messages(_added(_log(site), before, now)):
                 told = (site.stem, message)
                 if told not in self._said:
                     self._said.add(told)
@@ -46,10 +45,20 @@ def _log(site: Path) -> Path:
     return site.with_suffix("") / "site.log"  # its state folder is called after it (`server/launch.py`)
 
 
-def _size(log: Path) -> int:
+def _state(log: Path) -> tuple[int, int]:
+    """(number of the file, its bytes)."""
     with suppress(OSError):
-        return log.stat().st_size
-    return 0
+        found = log.stat()
+        return found.st_ino, found.st_size
+    return 0, 0
+
+
+def _added(log: Path, before: tuple[int, int], now: tuple[int, int]) -> str:
+    """What was written since; a log that has become too long is begun anew, and the old one put aside."""
+    old = log.with_suffix(".log.1")
+    if now[0] == before[0] and now[1] > before[1]:
+        return _text(log, before[1])
+    return (_text(old, before[1]) if _state(old)[0] == before[0] else "") + _text(log, 0)
 
 
 def _text(log: Path, start: int) -> str:
@@ -60,12 +69,6 @@ def _text(log: Path, start: int) -> str:
 
 
 def _messages(text: str) -> list[str]:
-    """The last line of each entry that the server was not told."""
-    entries = list[tuple[str, str]]()
-    for line in text.splitlines():
-        if head := _HEAD.match(line):
-            entries.append((head[1], ""))
-        elif entries and line.strip():
-            entries[-1] = (entries[-1][0], _CLASS.sub("", line.strip()))
-    untold = [said for kind, said in entries if said and kind not in _TOLD]
-    return [printable(said)[:_LONGEST] for said in untold]
+    """The head of each entry that the server was not told."""
+    heads = [head.groups() for head in map(_HEAD.match, text.splitlines()) if head]
+    return [printable(words if kind in _OURS else f"{kind}: {words}") for kind, words in heads if kind not in _TOLD]

@@ -43,6 +43,7 @@ CLAIMS = "tests/unit/common/test_claims.py"
 REFERENCE = "tests/unit/client/test_reference.py"
 PLACES = "tests/unit/client/test_places.py"
 BACKUP = "tests/unit/client/test_backup.py"
+SERVICE = "tests/unit/client/test_service.py"
 WITHDRAWAL = "tests/unit/client/test_withdrawal.py"
 SOCKETS = "tests/unit/common/test_sockets.py"
 
@@ -118,10 +119,11 @@ MUTATIONS = (
     # gate
     _m("the loss is reserved after the records were touched", GATE_PY,
        "        numbers = self.ledger.reserve("
-       "*plans, request=self.request, approval=self._admitted, **self._bounds())\n"
+       "*plans, request=self.request, approval=self.admitted.number, **self._bounds())\n"
        "        yield Permit(self, plans, numbers)\n",
        "        yield Permit(self, plans, ())\n"
-       "        self.ledger.reserve(*plans, request=self.request, approval=self._admitted, **self._bounds())\n", GATE),
+       "        self.ledger.reserve(*plans, request=self.request, approval=self.admitted.number, **self._bounds())\n",
+       GATE),
     _m("the loss is never reserved", GATE_PY, "self.ledger.reserve(*plans, request", "self.ledger.reserve(request",
        GATE),
     _m("any number can be sealed", GATE_PY, "if type(noisy) is not Noisy:", "if False:", GATE),
@@ -132,9 +134,23 @@ MUTATIONS = (
        GATE, ENEMY),
     _m("parts of a release are free", GATE_PY, "self._left[name] -= part**2", "self._left[name] -= 0.0", GATE),
     _m("a sampled sum has parts", GATE_PY, "or (part < 1 - _WHOLE and plan.sample_rate != 1)", "", GATE),
-    _m("the same request is answered anew", GATE_PY, "        if not path.exists():\n", "        if True:\n", GATE),
-    _m("an answer is confirmed before it is stored", GATE_PY, "        self._gate.store(data)\n        self.done()\n",
-       "        self.done()\n        self._gate.store(data)\n", GATE),
+    _m("the same request is answered anew", "client/privacy/store.py",
+       "        if not path.exists():\n", "        if True:\n", GATE),
+    _m("an answer is confirmed before it is stored", GATE_PY,
+       "            self._gate.store.keep_answer(self._gate.request, data)\n        return",
+       "            pass\n        self._gate.store.keep_answer(self._gate.request, data)\n        return", GATE),
+    _m("an answer under way outlives its approval", "client/privacy/ledger.py",
+       "            self._require_still(study, approval)\n            yield\n", "            yield\n", WITHDRAWAL),
+    _m("an answer under way outlives its images", GATE_PY, "        self._gate.images(self._gate.admitted)", "",
+       WITHDRAWAL),
+    _m("what was made of other images is used again", "client/privacy/store.py",
+       "{approval.study[:16]}-{approval.data[:16]}", "{approval.study[:16]}",
+       WITHDRAWAL),
+    _m("a change in place is not seen", "client/site.py", "(at.st_ctime_ns, at.st_mtime_ns, ", "(at.st_mtime_ns, ",
+       WITHDRAWAL),
+    _m("memory keeps withdrawn images until others are opened", "client/service.py",
+       "            Site.forget_replaced(self.path)", "            pass", WITHDRAWAL),
+    _m("serve ends before its answer does", "client/service.py", "    turns.end()\n", "", SERVICE),
     _m("the policy is not asked again", GATE_PY, "        self.policy.permit(study, approval.plan)\n", "\n",
        "tests/unit/client/test_service.py"),
     # ledger
@@ -156,7 +172,7 @@ MUTATIONS = (
        "            approval = gate.admit()\n", ENEMY),
     _m("images are opened before approval is asked for", "client/service.py", "            approval = gate.admit()\n",
        "            Site.open(self.path, study)\n            approval = gate.admit()\n", ENEMY),
-    _m("other images than were approved are used", "client/service.py",
+    _m("other images than were approved are used", "client/site.py",
        "if site.fingerprints(ledger.key).digest != approval.data:", "if False:", ENEMY),
     _m("refusals of studies nobody approved are entered", "client/privacy/ledger.py",
        'if self._count("approved", study.sha256) and ', "if ", LEDGER),
@@ -235,12 +251,10 @@ MUTATIONS = (
     _m("an older backup is restored", "client/backup.py", "            accept(ledger)\n", "", BACKUP),
     _m("a changed file of a backup is taken", "client/backup.py",
        "if hashlib.sha256(data).hexdigest() != sums[member.name]:", "if False:", BACKUP),
-    _m("a request is answered of other images than were approved", "client/service.py",
-       "if site.fingerprints(ledger.key).digest != approval.data:", "if False:", WITHDRAWAL),
     _m("a process keeps images of a file that was replaced", "client/site.py",
        "if known[0] == path and before != versions:", "if False:", WITHDRAWAL),
-    _m("two processes take one socket", "common/sockets.py", "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-       "pass", SOCKETS),
+    _m("two processes take one socket", "common/locks.py",
+       "fcntl.flock(lock, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))", "pass", SOCKETS),
     _m("a socket that somebody else serves is taken", "common/sockets.py", "        _require_free(path)\n", "",
        SOCKETS),
 )  # fmt: skip

@@ -250,7 +250,7 @@ class Chain:
         ).fetchall()
         unknown = sorted(replies - {f"{request}.reply" for _, request in reserved})
         studies = {study[:16] for study, _ in reserved}
-        unknown += sorted(name for name in states if name.split("-", 1)[1].removesuffix(".safetensors") not in studies)
+        unknown += sorted(name for name in states if name.split("-")[1].removesuffix(".safetensors") not in studies)
         return [f"the ledger does not know {unknown[0]}: it is older than what lies beside it"] if unknown else []
 
     def _head_problem(self) -> str:

@@ -6,15 +6,15 @@ SPDX-License-Identifier: Apache-2.0
     with gate.spend("train") as permit:        ceilings checked, loss reserved on the disk: counted as spent
         mask = permit.sample("train", units)   Poisson sampling at the plan's rate
         noisy = permit.noisy("train", total)   a BoundedSum + noise; at most plan.steps times, or in parts of a step
-        released = permit.seal(noisy)          encoded once, stored at the site, then confirmed; only this can be sent
+        released = permit.seal(noisy)          approval and images looked at again; encoded once, stored, confirmed
 
-The same request (the same bytes) is answered from the store and spends nothing.
+The same request (the same bytes) is answered from the store and spends nothing. What is not sealed is not sent.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,11 @@ from client.privacy.ledger import Approval, Bounds, Ceiling, Ledger
 from client.privacy.mechanism import Noisy, gaussian_release
 from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
+from client.privacy.store import Store
 from common.accounting import MechanismPlan
 from common.bounded import BoundedSum
-from common.errors import BudgetError, NotApproved, ReplyError, StorageError
-from common.files import atomic_write
-from common.protocol import Agreement, Answer, Reply, SiteFacts, Spent, decode_answer, encode
+from common.errors import BudgetError, NotApproved
+from common.protocol import Agreement, Answer, Reply, SiteFacts, Spent, encode
 
 _KEY = object()
 _WHOLE = 1e-9  # by how much a bound that was added up may miss the whole
@@ -85,27 +85,33 @@ class Permit:
 
     def done(self) -> None:
         """Confirm the spending; for a mechanism whose noisy result stays at the site for now."""
-        self._gate.ledger.confirm(*self._numbers)
+        with self._gate.still_approved(*self._numbers):
+            pass
 
     def seal(self, body: Reply, noisy: Noisy) -> Released:
         """Encode the answer, store it under the request's identity, confirm the spending, and let it leave.
 
-        Stored first: a crash between the two costs nothing, since the same request then finds its answer.
+        What was revoked, approved anew or computed of images that are others by now is not stored and does not leave;
+        its cost stays counted. Stored first: a crash before the confirmation costs nothing, since the same request then
+        finds its answer.
 
         Args:
             body: which stage's answer it is; says nothing of records.
 
         Raises:
             TypeError: not `Noisy`.
+            NotApproved: the approval was taken back or made anew meanwhile.
+            DataError: the images are not those of the approval any more.
         """
         if type(noisy) is not Noisy:
             raise TypeError("only Noisy numbers can be sealed")
+        self._gate.images(self._gate.admitted)  # withdrawn meanwhile?
         spent = self._gate.spent()
         spent = spent.model_copy(update={"confirmed": spent.confirmed + len(self._numbers)})
         answer = Answer(site=self._gate.facts, spent=spent, body=body)
         data = encode(answer, {name: tensor.numpy() for name, tensor in noisy.tensors.items()})
-        self._gate.store(data)
-        self.done()
+        with self._gate.still_approved(*self._numbers):
+            self._gate.store.keep_answer(self._gate.request, data)
         return Released(data, key=_KEY)
 
 
@@ -114,16 +120,17 @@ class Gate:
 
     Args:
         request: the request's identity.
-        replies: folder of the sealed answers.
+        images: raises DataError where the site's images are not those of an approval; asked before every sealing.
+        store: of the sealed answers.
     """
 
     def __init__(
         self, *, facts: SiteFacts, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger,
-        source: NoiseSource, replies: Path,
+        source: NoiseSource, images: Callable[[Approval], object], store: Store,
     ) -> None:  # fmt: skip
         self.facts, self.agreement, self.request, self.policy = facts, agreement, request, policy
-        self.ledger, self.source, self._replies = ledger, source, replies
-        self._admitted: int | None = None  # number of the approval under which the request was let in
+        self.ledger, self.source, self.images, self.store = ledger, source, images, store
+        self._admitted: Approval | None = None  # under which the request was let in
 
     def admit(self) -> Approval:
         """Whether this study gets an answer at all: a question to ledger and policy, never to a record.
@@ -145,8 +152,29 @@ class Gate:
             )  # fmt: skip
         self.policy.permit(study, approval.plan)
         if self._admitted is None:
-            self._admitted = approval.number
+            self._admitted = approval
         return approval
+
+    @property
+    def admitted(self) -> Approval:
+        """The approval under which the request was let in; it alone counts from then on.
+
+        Raises:
+            NotApproved: it was not let in.
+        """
+        return self._admitted or self.admit()
+
+    def still_approved(self, *reservations: int) -> contextlib.AbstractContextManager[None]:
+        """Do something while the approval cannot be taken back, then confirm the reservations.
+
+        Raises:
+            NotApproved: it was taken back, or made anew.
+        """
+        return self.ledger.confirming(*reservations, study=self.admitted.study, approval=self.admitted.number)
+
+    def kept(self, what: str) -> Path:
+        """Where the site keeps something that this study has made of these very images."""
+        return self.store.made_of(self.admitted, what)
 
     def stored(self) -> Released | None:
         """The answer that this very request has had before, if it had one; sending it again costs nothing.
@@ -154,17 +182,8 @@ class Gate:
         Raises:
             StorageError: the file is damaged.
         """
-        path = self._replies / f"{self.request}.reply"
-        if not path.exists():
-            return None
-        data = path.read_bytes()
-        try:
-            decode_answer(data)
-        except ReplyError as error:  # a file that was cut is no answer
-            raise StorageError(
-                "a stored answer is damaged", where=str(path), remedy="Restore it from backup."
-            ) from error
-        return Released(data, key=_KEY)
+        data = self.store.answer(self.request)
+        return None if data is None else Released(data, key=_KEY)
 
     def require_room(self, *names: str) -> None:
         """See that one more request of each mechanism would be allowed, before work is done for it; reserves nothing.
@@ -192,12 +211,8 @@ class Gate:
         """
         agreed = self.admit().plan
         plans = tuple(agreed[name] for name in names)
-        numbers = self.ledger.reserve(*plans, request=self.request, approval=self._admitted, **self._bounds())
+        numbers = self.ledger.reserve(*plans, request=self.request, approval=self.admitted.number, **self._bounds())
         yield Permit(self, plans, numbers)
-
-    def store(self, data: bytes) -> None:
-        """Keep the sealed answer to this request."""
-        atomic_write(self._replies / f"{self.request}.reply", data)
 
     def spent(self) -> Spent:
         """What this study has spent here; a function of plan and history, not of the data."""

@@ -13,7 +13,8 @@ fingerprints of both sides, and a study whose data would put a record on the oth
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -25,7 +26,7 @@ from common.errors import BudgetError, NotApproved, PolicyRefusal
 from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
-__all__ = ["Approval", "Ceiling", "Entry", "Ledger", "NoLedger", "compose"]
+__all__ = ["Approval", "Ceiling", "Entry", "Ledger", "NoLedger"]
 
 MOST_OF_A_STUDY = 100  # refusals that are written: one study must not crowd out the others
 MOST_REFUSALS = 1000  # in the whole ledger: who asks in vain without end must not fill the disk
@@ -130,9 +131,7 @@ class Ledger:
         """
         numbers = []
         with self.chain.exclusive():
-            now = self.approval(study)
-            if approval is not None and (now is None or now.number != approval):
-                raise NotApproved("the approval was taken back or made anew meanwhile", where="approval")
+            self._require_still(study, approval)
             for plan in plans:
                 self._require(plan, study, study_ceiling, ceiling)
                 body = {"request": request, "mechanism": plan.name, "partition": plan.partition,
@@ -150,11 +149,20 @@ class Ledger:
         for plan in plans:
             self._require(plan, study, study_ceiling, ceiling)
 
-    def confirm(self, *reservations: int) -> None:
-        """Note that the reserved mechanisms have run to their end."""
+    @contextmanager
+    def confirming(self, *reservations: int, study: str, approval: int | None) -> Iterator[None]:
+        """Note that the reserved mechanisms have run to their end, after what is done inside; nobody revokes meanwhile.
+
+        Args:
+            study, approval: as in `reserve`.
+
+        Raises:
+            NotApproved: that approval is not in force any more; nothing is done or noted.
+        """
         with self.chain.exclusive():
+            self._require_still(study, approval)
+            yield
             for number in reservations:
-                study = self.chain.entries("number = ?", number)[0].study
                 self.chain.append("confirmed", study, {"reservation": number})
 
     def approve(self, study: Study, plan: StudyPlan, partitions: Fingerprints, *, by: str) -> Approval:
@@ -268,6 +276,11 @@ class Ledger:
         """(number, hash) of the newest entry: whoever notes it down can later show that nothing before it changed."""
         return self.chain.head()
 
+    def _require_still(self, study: str, approval: int | None) -> None:
+        now = self.approval(study)
+        if approval is not None and (now is None or now.number != approval):
+            raise NotApproved("the approval was taken back or made anew meanwhile", where="approval")
+
     def _require(self, plan: MechanismPlan, study: str, study_ceiling: Ceiling, ceiling: Ceiling) -> None:
         made = self._count("reserved", study, "json_extract(body, '$.mechanism') = ?", plan.name)
         if made >= plan.releases:
@@ -289,9 +302,3 @@ class Ledger:
     def _count(self, kind: Kind, study: str | None = None, where: str = "1", *values: object) -> int:
         query = f"SELECT COUNT(*) FROM entries WHERE kind = ? AND (? IS NULL OR study = ?) AND {where}"
         return int(self.chain.db.execute(query, (kind, study, study, *values)).fetchone()[0])
-
-
-def compose(entries: Sequence[Entry], partition: Partition, *, delta: float, accountant: str) -> float:
-    """Epsilon of the reservations among these entries on one partition."""
-    losses = [e.loss for e in entries if e.kind == "reserved" and e.body["partition"] == partition]
-    return epsilon_of(losses, delta=delta, accountant=accountant)

@@ -9,16 +9,17 @@ of clipped gradients; with FedAvg, what local steps along such sums have changed
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from client.log import write_note
 from client.privacy.gate import Gate, Permit, Released
 from client.privacy.gradients import PrivateGradients, physical_batch_for
 from client.privacy.local_steps import LocalSteps
 from client.privacy.mechanism import Noisy
 from client.site import Site
-from common.files import append_line
 from common.model.diffusion import record_loss
 from common.model.diffusion_model import DiffusionModel, load_model
 from common.protocol import Arrays, TrainReply, TrainRequest
@@ -43,23 +44,22 @@ def train(site: Site, gate: Gate, request: TrainRequest, arrays: Arrays) -> Rele
         if study.training.algorithm == "fedsgd":
             noisy, local = step.noisy_sum(permit), None
         else:
-            noisy, local = _local_steps(site, study, model, step, permit)
+            noisy, local = _local_steps(gate.kept("adam"), study, model, step, permit)
         released = permit.seal(TrainReply(round=request.round), noisy.float32())
     with site.logged("keeping the optimizer"):  # the answer is sealed: it leaves, whatever happens here
         if local is not None:
             local.save()
         if step.left_out:  # for the site's eyes: a record that cannot be trained on is the site's to look at
             text = f"round {request.round}: {step.left_out} {study.privacy.unit}s had no finite gradient"
-            append_line(site.state / "site.log", f"{text} and counted as zero")
+            write_note(site.state, f"{text} and counted as zero")
     return released
 
 
 def _local_steps(
-    site: Site, study: Study, model: DiffusionModel, step: _Step, permit: Permit
+    kept: Path, study: Study, model: DiffusionModel, step: _Step, permit: Permit
 ) -> tuple[Noisy, LocalSteps]:
     """(change of the weights with the sum of the noisy losses, the steps' optimizer)."""
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    kept = site.state / f"adam-{study.sha256[:16]}.safetensors"
     local = LocalSteps(trained, learning_rate=study.training.learning_rate, kept=kept)
     for _ in range(permit.plan("train").steps):
         local.step(step.noisy_sum(permit), expected_batch=step.expected_batch)

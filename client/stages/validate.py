@@ -44,7 +44,7 @@ def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -
     }  # fmt: skip
     if request.agreement.plan.get("reference") is not None:
         reference = private_reference(
-            gate, study, site.train, state=site.state, expected_batch=request.expected_reference_batch,
+            gate, study, site.train, expected_batch=request.expected_reference_batch,
             memory_mb=site.config.performance.memory_mb,
         )  # fmt: skip
         if reference is not None:

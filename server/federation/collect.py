@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypeVar
 
 from common.errors import ReplyError
@@ -73,7 +74,7 @@ class Collected:
 
 def collect(
     group: SiteGroup, members: Mapping[int, Member], requests: Requests, body: type[B], screen: Screen[B], *,
-    before: Collected | None = None,
+    known: Mapping[int, str] | None = None, before: Collected | None = None, seconds: float | None = None,
 ) -> Collected:  # fmt: skip
     """Ask the sites, and take in what may be used.
 
@@ -82,9 +83,11 @@ def collect(
         requests: by node, the question and its arrays.
         body: what the answers must be.
         screen: checks body and arrays of a node's answer.
+        known: by node, the names of sites that took part in an earlier process of this run.
         before: what the same question brought, where it is asked again of some; it is added to.
+        seconds: how long is waited; None for the study's own.
     """
-    returned, collected = group.ask(requests), before or Collected()
+    returned, collected = group.ask(requests, seconds=seconds), before or Collected()
     for node in requests:
         collected.reasons.pop(collected.unreachable.pop(node, ""), None)
     for node in sorted(requests):
@@ -96,7 +99,9 @@ def collect(
             _check_sender(answer, member, requests[node][0].agreement.study.privacy.epsilon)
             spent = answer.spent
             if isinstance(answer.body, Unreachable):
-                raise ReplyError(answer.body.what, where="reply")
+                raise ReplyError(_silent(answer.body.what, member), where="reply")
+            if member is not None:
+                member.heard = datetime.now()
             if not isinstance(answer.body, Refusal):
                 collected.accepted.append(_accepted(node, answer, rest, member, collected, body, screen))
                 if member is not None:
@@ -105,15 +110,20 @@ def collect(
             reason = _refused(answer.body)
         except ReplyError as error:
             reason, spent = error.what, None
-        label = _label(node, member, answer, collected)
+        label = _label(node, member, answer, collected, (known or {}).get(node))
         collected.reasons[label] = _plain(reason)
         if answer is not None and _exhausted(answer.body):
             collected.exhausted.append(label)
-        if node in returned.failures or (answer is not None and isinstance(answer.body, Unreachable)):
+        if node in returned.failures or (answer is not None and _again(answer.body)):
             collected.unreachable[node] = label
         _book(member, spent)
     collected.accepted.sort(key=lambda accepted: accepted.node)
     return collected
+
+
+def _again(body: Reply) -> bool:
+    """Whether the carrier thinks that the site may be reached another time."""
+    return isinstance(body, Unreachable) and body.again
 
 
 def _silent(why: str, member: Member | None) -> str:
@@ -165,15 +175,21 @@ def _book(member: Member | None, spent: Spent | None) -> None:
         member.note(spent)
 
 
-def _label(node: int, member: Member | None, answer: Answer | None, collected: Collected) -> str:
-    """What a site that is left out is called; a name that another one bears is not believed."""
+def _label(node: int, member: Member | None, answer: Answer | None, collected: Collected, before: str | None) -> str:
+    """What a site that is left out is called; a name that another one bears is not believed.
+
+    Args:
+        before: what the node's site was called in an earlier process of this run.
+    """
     if member is not None:
         return member.name
     taken = {*collected.reasons, *(other.site.name for other in collected.accepted)}
     said = answer.site.name if answer is not None and answer.site is not None else None
     if answer is not None and isinstance(answer.body, Unreachable):
         return f"{_plain(answer.body.carrier)} (node {node}, by its carrier)"  # the site itself has not said so
-    return said if said is not None and said not in taken else f"node {node}"
+    if said is not None and said not in taken:
+        return said
+    return f"node {node}" if before is None or before in taken else f"{before} (node {node}, as it was known before)"
 
 
 def _plain(text: str) -> str:

@@ -42,6 +42,6 @@ class Member:
 
     def note(self, spent: Spent) -> None:
         """Take the larger of what was and is reported: a ledger never shrinks."""
-        self.open_question, self.heard = False, datetime.now()
+        self.open_question = False
         before, now = self.spent.model_dump(), spent.model_dump()
         self.spent = Spent(**{name: max(before[name], now[name]) for name in before})

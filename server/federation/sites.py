@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.errors import FederationError, ReplyError
@@ -22,6 +23,15 @@ MESSAGE_TYPES = {
     "enrol": "query.enrol", "moments": "query.moments", "features": "query.features", "train": "train",
     "validate": "evaluate",
 }  # fmt: skip
+_FLOWER = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its client app cannot be loaded",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its client app failed",
+    ErrorCode.MESSAGE_UNAVAILABLE: "the message is too old",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "it gave none in time",
+    ErrorCode.NODE_UNAVAILABLE: "its SuperNode is gone",
+    ErrorCode.INVALID_FAB: "its client app cannot be loaded",
+    ErrorCode.CLIENT_APP_CRASHED: "its client app died",
+}
 _POLL_SECONDS, _TELL_SECONDS = 0.2, 10.0
 
 Requests = Mapping[int, tuple[Request, Arrays]]  # by node
@@ -77,12 +87,22 @@ class SiteGroup:
                 on_wait(missing, deadline - now)
             time.sleep(_POLL_SECONDS)
 
-    def ask(self, requests: Requests) -> Returned:
-        """Send each node its request and wait for the answers, at most `timeout_seconds`."""
-        messages = [self._message(node, request, arrays) for node, (request, arrays) in requests.items()]
-        waiting = dict(zip(self._grid.push_messages(messages), requests, strict=True))
-        deadline = time.monotonic() + self._timeout
-        returned = Returned()
+    def ask(self, requests: Requests, *, seconds: float | None = None) -> Returned:
+        """Send each node its request and wait for the answers.
+
+        Args:
+            seconds: how long; None for the study's `timeout_seconds`.
+        """
+        seconds = self._timeout if seconds is None else seconds
+        waiting, returned = dict[str, int](), Returned()
+        for node, (request, arrays) in requests.items():
+            # One by one: Flower gives no id, or an empty one, for what it does not pass on.
+            number = next(iter(self._grid.push_messages([_message(node, request, arrays, seconds)])), "")
+            if number:
+                waiting[number] = node
+            else:
+                returned.failures[node] = "Flower did not take the message: its SuperNode is gone, or it is too large"
+        deadline = time.monotonic() + seconds
         while waiting and time.monotonic() < deadline:
             for reply in self._grid.pull_messages(list(waiting)):
                 # A dead node's error carries another source: the message it answers tells whom we had asked.
@@ -94,18 +114,20 @@ class SiteGroup:
         returned.failures.update(dict.fromkeys(waiting.values(), "no answer before the deadline"))
         return returned
 
-    def _message(self, node: int, request: Request, arrays: Arrays) -> Message:
-        return Message(
-            content=to_record(encode(request, arrays)), dst_node_id=node, message_type=MESSAGE_TYPES[request.stage],
-            ttl=self._timeout,
-        )  # fmt: skip
+
+def _message(node: int, request: Request, arrays: Arrays, seconds: float) -> Message:
+    return Message(
+        content=to_record(encode(request, arrays)), dst_node_id=node, message_type=MESSAGE_TYPES[request.stage],
+        ttl=max(1.0, seconds),
+    )  # fmt: skip
 
 
 def _keep(returned: Returned, node: int, reply: Message) -> None:
-    if reply.has_error():
-        returned.failures[node] = f"the site's process failed (Flower error {reply.error.code})"
+    if reply.has_error():  # of Flower or its client app; the site's own process answers in its own words
+        what = _FLOWER.get(reply.error.code, "it failed")
+        returned.failures[node] = f"no answer from its carrier: {what} (Flower error {reply.error.code})"
         return
     try:
         returned.answers[node] = from_record(reply.content)
-    except ReplyError as error:
-        returned.failures[node] = error.what
+    except ReplyError:  # somebody is there, and says something else: read as nothing, which is no answer
+        returned.answers[node] = b""

@@ -63,9 +63,10 @@ def _keep_for_the_claim(session: Session) -> None:
 
 
 def _online(session: Session) -> list[int]:
-    known = {site["node"]: name for name, site in (session.folder.result("enrol") or {}).items() if "node" in site}
+    before = session.folder.result("enrol") or {}
+    session.known = {site["node"]: name for name, site in before.items() if "node" in site}
     return session.group.wait_for(
-        _expected(session), known=known,
+        _expected(session), known=session.known,
         on_wait=lambda missing, left: session.progress.wait("enrol", f"waiting, {left:.0f} s at most: {missing}"),
     )  # fmt: skip
 

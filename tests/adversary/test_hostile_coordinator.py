@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
+import client.log as log_module
 import client.privacy.gate as gate_module
 import client.service as service_module
 from client.approval import approve as approve_at_site
@@ -256,7 +257,7 @@ def test_a_revoked_study_gets_no_stored_answer(tmp_path):
 
 def test_asking_in_vain_fills_neither_ledger_nor_disk(tmp_path, monkeypatch):
     """Attack 9. Before: thirty study hashes made thirty entries, and the log grew with every request."""
-    monkeypatch.setattr(service_module, "MOST_LOG_BYTES", 5_000)
+    monkeypatch.setattr(log_module, "MOST_BYTES", 5_000)
     path = make_npz_site(tmp_path)
     approve(Site.open(path, TINY), TINY)
     state = load_site_config(path).state

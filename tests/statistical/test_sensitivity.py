@@ -20,6 +20,7 @@ from client.privacy.gate import Gate
 from client.privacy.ledger import Ledger
 from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
+from client.privacy.store import Store
 from common.accounting import plan_study
 from common.bounded import BoundedSum, RunningSum, joined
 from common.features import View, directions_of, feature_sums, features_of
@@ -209,7 +210,7 @@ def _gate(folder):
     ledger.approve(STUDY, PLAN, Fingerprints.of(ledger.key, nothing, nothing), by="a test")
     facts = SiteFacts(name="site-1", phantoms=True, random_source="SEEDED")
     return Gate(facts=facts, agreement=Agreement(study=STUDY, plan=PLAN), request="ab" * 32, policy=SitePolicy(),
-                ledger=ledger, source=NoiseSource(9), replies=folder / "replies")  # fmt: skip
+                ledger=ledger, source=NoiseSource(9), store=Store(folder), images=lambda _: None)  # fmt: skip
 
 
 def _std_is(sample, expected):

@@ -25,8 +25,10 @@ class ScriptedSites:
     def __init__(self, by_node: Mapping[int, bytes | str] | Callable[[Requests], Mapping[int, bytes | str]]) -> None:
         self._by_node = by_node
         self.asked: list[Requests] = []
+        self.seconds: list[float | None] = []
 
-    def ask(self, requests: Requests) -> Returned:
+    def ask(self, requests: Requests, *, seconds: float | None = None) -> Returned:
+        self.seconds.append(seconds)
         self.asked.append(requests)
         given = self._by_node(requests) if callable(self._by_node) else self._by_node
         answers = {node: said for node, said in given.items() if isinstance(said, bytes)}

@@ -32,6 +32,7 @@ from client.privacy.gradients import PrivateGradients
 from client.privacy.ledger import Ledger
 from client.privacy.policy import SitePolicy
 from client.privacy.randomness import NoiseSource
+from client.privacy.store import Store
 from client.site import Performance
 from common.accounting import MechanismPlan, epsilon_of
 from common.auditing import epsilon_lower_bound, p_value
@@ -158,7 +159,7 @@ def _scores_of_a_site(folder: Path, case: Case, inside: np.ndarray, seed: int) -
     ledger.approve(agreed.study, agreed.plan, data, by="Dr. Test")
     gate = Gate(
         facts=SiteFacts(name="audit", phantoms=True, random_source="seeded"), agreement=agreed, request="audit",
-        policy=SitePolicy(), ledger=ledger, source=NoiseSource(seed), replies=folder,
+        policy=SitePolicy(), ledger=ledger, source=NoiseSource(seed), store=Store(folder), images=lambda _: None,
     )  # fmt: skip
     total = np.zeros(group)
     with gate.spend("train") as permit:

@@ -14,6 +14,7 @@ from client.beginning import begin
 from client.privacy.gate import Gate
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import NoiseSource
+from client.privacy.store import Store
 from client.service import SiteService
 from client.site import Site
 from common.accounting import plan_study
@@ -85,10 +86,11 @@ def open_phantom_site(folder: Path, study: Study, *, approved: bool = True, **ch
 
 def gate_of(site: Site, study: Study, request: str = "x", ledger: Ledger | None = None) -> Gate:
     """A gate as the service makes one."""
+    ledger, path = ledger or site.config.ledger(), site.state.parent / f"{site.config.name}.toml"
     return Gate(
         facts=site.config.facts(), agreement=agreement(study), request=request, policy=site.config.policy,
-        ledger=ledger or site.config.ledger(), source=NoiseSource(site.config.test_noise_seed),
-        replies=site.state / "replies",
+        ledger=ledger, source=NoiseSource(site.config.test_noise_seed),
+        store=Store(site.state), images=lambda approval: Site.approved(path, study, ledger, approval),
     )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def ledger(tmp_path):
     for plan in (COUNTS, TRAIN, TRAIN, EVALUATE):
         numbers = ledger.reserve(plan, study=FIRST.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE)
         if plan is not EVALUATE:
-            ledger.confirm(*numbers)
+            with ledger.confirming(*numbers, study=FIRST.sha256, approval=None):
+                pass
     ledger.revoke(FIRST.sha256, by="Dr. B")
     ledger.approve(SECOND, WHOLE, DATA, by="Dr. A")
     ledger.refused(SECOND, stage="enrol", rule="policy.max_epsilon", asked="99", allowed="8",

@@ -16,6 +16,7 @@ from scipy import stats
 
 import client.privacy.gate as gate_module
 import client.stages.train as train_module
+from client.privacy.chain import Chain
 from client.privacy.gate import Released
 from client.privacy.local_steps import LocalSteps
 from client.privacy.mechanism import Noisy
@@ -271,7 +272,12 @@ def test_counts_are_reserved_before_a_record_is_counted(site, monkeypatch):
 
 def test_an_answer_is_stored_before_it_is_confirmed(site, monkeypatch):
     """A crash between the two costs nothing: the same request finds its answer, and the loss is counted."""
-    monkeypatch.setattr("client.privacy.ledger.Ledger.confirm", lambda self, *numbers: 1 / 0)
+    append = Chain.append
+
+    def fails(chain, kind, *rest):
+        return 1 / 0 if kind == "confirmed" else append(chain, kind, *rest)
+
+    monkeypatch.setattr(Chain, "append", fails)
     with pytest.raises(ZeroDivisionError):
         _enrol(site)
     monkeypatch.undo()

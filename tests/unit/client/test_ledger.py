@@ -68,8 +68,9 @@ def test_crash_between_reserve_and_confirm_counts_as_spent(ledger):
 
 def test_spending_composes_over_restarts_as_one_run_would(ledger):
     for number in range(4):
-        with closing(Ledger.open(ledger.state)) as again:
-            again.confirm(*_reserve(again, request=str(number)))
+        again = Ledger.open(ledger.state)
+        with closing(again), again.confirming(*_reserve(again, request=str(number)), study="s", approval=None):
+            pass
     whole = PLAN.loss._replace(steps=40)
     assert _spent(ledger)["train"] == epsilon_of([whole], delta=1e-5, accountant="rdp")
 
@@ -397,7 +398,8 @@ def test_a_failure_at_any_statement_leaves_a_sound_ledger_that_counts_whatever_w
         try:
             number = _reserve(ledger)
             granted = 1
-            ledger.confirm(*number)
+            with ledger.confirming(*number, study="s", approval=None):
+                pass
             ended = True
         except StorageError:
             ended = False

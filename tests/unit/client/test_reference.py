@@ -64,6 +64,9 @@ class _Gate:
     def done(self):
         self.confirmed = True
 
+    def kept(self, what):
+        return self.state / what
+
 
 def _units(count=10, unit="image"):
     data, draws = STUDY.data, np.random.default_rng(0)
@@ -73,7 +76,8 @@ def _units(count=10, unit="image"):
 
 def _train(gate, state, *, study=STUDY, units=None, memory_mb=500):
     state.mkdir(exist_ok=True)
-    return private_reference(gate, study, units or _units(), state=state, expected_batch=8.0, memory_mb=memory_mb)
+    gate.state = state
+    return private_reference(gate, study, units or _units(), expected_batch=8.0, memory_mb=memory_mb)
 
 
 def _flat(total):

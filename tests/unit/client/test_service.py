@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import stat
+import threading
 from contextlib import closing
 
+import grpc
 import numpy as np
 import pytest
 
@@ -114,4 +116,38 @@ def test_two_sites_never_share_a_socket(tmp_path):
         pass
     answers = pytest.raises(StorageError, match="another process answers there already")
     with serving(paths[:1], tmp_path / "s"), answers, serving(paths[1:], tmp_path / "s"):
+        pass
+
+
+def test_an_end_waits_for_the_answer_under_way_and_lets_no_other_begin(path, tmp_path, monkeypatch):
+    """Before: the locks were free while it was computed, so another process could compute, and pay for, it again."""
+    begun, go_on, called = threading.Event(), threading.Event(), []
+    enrol = service_module.STAGES["enrol"]
+
+    def slow(*arguments):
+        called.append(1)
+        begun.set()
+        assert go_on.wait(60)
+        return enrol(*arguments)
+
+    monkeypatch.setitem(service_module.STAGES, "enrol", slow)
+    serve = serving([path], tmp_path / "a")
+    (socket,) = serve.__enter__()
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        ask_site = channel.unary_unary("/synthward.Site/Answer")
+        first = ask_site.future(encode(REQUEST), timeout=60)
+        assert begun.wait(60)
+        second = ask_site.future(encode(REQUEST, {"pad": np.zeros(1, np.float32)}), timeout=60)
+        ending = threading.Thread(target=serve.__exit__, args=(None, None, None))
+        ending.start()
+        with pytest.raises(grpc.RpcError):
+            second.result()
+        with pytest.raises(DataError, match="serves this site"):
+            serving([path], tmp_path / "b").__enter__()
+        go_on.set()
+        assert decode_answer(first.result())[0].body.stage == "enrol"
+        ending.join(60)
+        assert not ending.is_alive()
+    assert called == [1]
+    with serving([path], tmp_path / "b"):
         pass

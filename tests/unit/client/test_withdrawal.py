@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from contextlib import closing
 
 import numpy as np
 import pytest
 
+from client.privacy.gate import Permit
 from client.privacy.ledger import Ledger
 from client.service import SiteService
 from client.site import Site
 from common.protocol import EnrolReply, EnrolRequest, MomentsReply, MomentsRequest, Refusal, decode_answer, encode
-from support.sites import approve, ask, make_npz_site
+from support.sites import approve, ask, gate_of, make_npz_site
 from support.studies import agreement, tiny_study
 
 STUDY = tiny_study(privacy={"unit": "patient"})
@@ -74,10 +76,95 @@ def test_a_revoked_study_gets_not_even_what_it_was_given_before(site):
     assert isinstance(answer.body, Refusal) and answer.body.kind == "NotApproved"
 
 
-def test_a_process_keeps_nothing_of_a_file_that_was_replaced(site):
+def _revoke(path):
+    with closing(Ledger.open(path.with_suffix(""))) as ledger:
+        ledger.revoke(STUDY.sha256, by="Dr. T. Test")
+
+
+def _approve_anew(path):
+    approve(Site.open(path, STUDY), STUDY)
+
+
+def _withdraw_in_place(path):
+    """As a tool does that keeps size and time: one image is blanked where it lies."""
+    file = path.with_suffix(".npz")
+    before, data = file.stat(), bytearray(file.read_bytes())
+    image = np.load(file)["train_images"][0].tobytes()
+    at = bytes(data).index(image)
+    data[at : at + len(image)] = bytes(len(image))
+    with file.open("r+b") as there:
+        there.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def _withdraw_and_approve(path):
+    _withdraw(path)
+    _approve_anew(path)
+
+
+@pytest.mark.parametrize("stage", ["enrol", "moments"])
+@pytest.mark.parametrize(
+    ("meanwhile", "kind"),
+    [(_revoke, "NotApproved"), (_approve_anew, "NotApproved"), (_withdraw, "Unavailable"),
+     (_withdraw_and_approve, "Unavailable"), (lambda path: path.with_suffix(".npz").unlink(), "Unavailable")],
+)  # fmt: skip
+def test_an_answer_under_way_does_not_outlive_a_revocation_or_a_withdrawal(site, monkeypatch, stage, meanwhile, kind):
+    """Before: it left, and lay in the store for a later approval."""
+    request = {"enrol": ENROL, "moments": MOMENTS}[stage]
+    noisy = Permit.noisy
+
+    def later(permit, name, total):
+        found = noisy(permit, name, total)  # all is computed, and not yet sealed
+        meanwhile(site)
+        return found
+
+    monkeypatch.setattr(Permit, "noisy", later)
+    answer, arrays = ask(site, request)
+    assert isinstance(answer.body, Refusal) and answer.body.kind == kind
+    assert arrays == {}
+    assert not list((site.with_suffix("") / "replies").iterdir())
+    with closing(Ledger.open(site.with_suffix(""))) as ledger:
+        assert ledger.counts(STUDY.sha256) == (1, 0)  # it was computed: its cost stays counted
+
+
+def test_a_file_that_was_only_touched_holds_no_answer_back(site, monkeypatch):
+    noisy = Permit.noisy
+
+    def later(permit, name, total):
+        site.with_suffix(".npz").touch()
+        return noisy(permit, name, total)
+
+    monkeypatch.setattr(Permit, "noisy", later)
+    assert isinstance(ask(site, ENROL)[0].body, EnrolReply)
+
+
+def test_a_change_in_place_with_size_and_time_set_back_is_seen(site):
+    """An uncompressed archive whose bytes are changed has a wrong checksum, so it is refused for one reason or two."""
+    assert isinstance(ask(site, ENROL)[0].body, EnrolReply)
+    _withdraw_in_place(site)
+    answer, _ = ask(site, MOMENTS)
+    assert isinstance(answer.body, Refusal) and answer.body.kind == "Unavailable"
+
+
+def test_what_the_site_made_of_other_images_is_not_used_again(site):
+    """The private reference and the optimizer's state are made of the records that were approved then."""
+    with closing(Ledger.open(site.with_suffix(""))) as ledger:
+        before = gate_of(Site.open(site, STUDY), STUDY, ledger=ledger).kept("reference")
+        assert gate_of(Site.open(site, STUDY), STUDY, ledger=ledger).kept("reference") == before
+        _withdraw_and_approve(site)
+        assert gate_of(Site.open(site, STUDY), STUDY, ledger=ledger).kept("reference") != before
+
+
+@pytest.mark.parametrize("request_of", ["stored", "refused", "new"])
+def test_a_process_keeps_nothing_of_a_file_that_was_replaced(site, request_of):
+    """Whatever is asked next, be it answered from the store or refused, the images are let go."""
+    service = SiteService(site)
+    service.answer(encode(ENROL, {}))
     before = weakref.ref(Site.open(site, STUDY).splits.train)
     assert before() is not None and Site.open(site, STUDY).splits.train is before()
     _withdraw(site)
-    Site.open(site, STUDY)
+    other = EnrolRequest(agreement=agreement(tiny_study(study={"seed": 77})))
+    service.answer(encode({"stored": ENROL, "refused": other, "new": MOMENTS}[request_of], {}))
     gc.collect()
     assert before() is None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import socket
+import stat
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -88,3 +93,38 @@ def test_a_path_is_as_long_as_a_socket_allows(short):
     for name in ("x" * (room + 1), "ü" * (room // 2 + 1)):
         with pytest.raises(StorageError, match="bytes, 107 at most"), taken(short / name):
             pass
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o177])
+def test_the_folders_that_are_made_let_the_group_pass_and_nobody_else(short, umask):
+    before = os.umask(umask)
+    try:
+        with taken(short / "a" / "b" / "site.sock"):
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in (short / "a", short / "a" / "b")]
+    finally:
+        os.umask(before)
+    assert modes == [0o750, 0o750]
+
+
+def test_a_listener_with_a_full_backlog_is_busy_and_not_gone(short):
+    """Before: connecting to it gave EAGAIN, which was taken for nobody."""
+    path = short / "site.sock"
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as callers:
+        listener.bind(str(path))
+        listener.listen(0)
+        for _ in range(3):
+            caller = callers.enter_context(socket.socket(socket.AF_UNIX))
+            caller.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                caller.connect(str(path))
+        with pytest.raises(StorageError, match="another process answers there"), taken(path):
+            pass
+
+
+def test_a_disk_without_locks_is_not_called_another_process(short, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(StorageError, match=r"cannot listen there \(cannot be locked \(No locks available"):
+        taken(short / "site.sock").__enter__()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import ReplyError
 from common.files import pack_arrays
-from common.protocol import EnrolReply, EnrolRequest, MomentsReply, Refusal, TrainReply, encode
+from common.protocol import EnrolReply, EnrolRequest, MomentsReply, Refusal, TrainReply, Unreachable, encode
 from server.federation.collect import collect
 from server.federation.screening import LARGEST_COUNT, screen_arrays, screen_norm
 from support.answers import ScriptedSites, answer, facts, head_of, member, spent, spoilt_arrays, with_head
@@ -118,9 +118,41 @@ def test_silence_and_failure_are_reasons_and_leave_the_question_open():
 def test_the_last_contact_of_a_silent_site_is_its_last_answer():
     members = _members(1, 2)
     members[1].heard = members[2].heard = datetime(2026, 1, 2, 3, 4, 5)
-    found = _collect({1: answer(1), 2: "the site's process failed (Flower error 2)"}, members)
+    found = _collect({1: answer(1), 2: "no answer from its carrier (Flower error 2)"}, members)
     assert found.reasons["site-2"].endswith("(Flower error 2); last heard of at 2026-01-02 03:04:05")
     assert members[1].heard > members[2].heard
+    body = Unreachable(carrier="hospital-b", what="its process does not answer (UNAVAILABLE)", again=True)
+    found = _collect({1: answer(1), 2: answer(2, body, {}, site=None, spent=None)}, members)
+    assert found.reasons["site-2"].endswith("(UNAVAILABLE); last heard of at 2026-01-02 03:04:05")
+    assert found.unreachable == {2: "site-2"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"site": None, "spent": None}, {"spent": spent(8.5)}])
+def test_a_site_that_says_no_was_heard_whatever_else_it_says(changes):
+    """A carrier's word, or bytes of another one's site, are not its."""
+    site = member(2)
+    site.heard = datetime(2026, 1, 2)
+    _collect({2: answer(2, REFUSAL.model_copy(update={"kind": "Unavailable"}), {}, **changes)}, {2: site})
+    assert (site.heard > datetime(2026, 1, 2)) == ("spent" not in changes or changes["spent"] is None)
+    site.heard = datetime(2026, 1, 2)
+    for silent in (b"x", answer(1), "no answer"):
+        _collect({2: silent}, {2: site})
+    assert site.heard == datetime(2026, 1, 2)
+
+
+def test_what_can_never_be_answered_is_not_asked_again():
+    """Before: a request over the site's max_message_mb, and a record of something else, were asked again and again."""
+    body = Unreachable(carrier="hospital-b", what="the request is larger than the site reads", again=False)
+    found, site = _left_out(answer(2, body, {}, site=None, spent=None))
+    assert found.unreachable == {} and site.open_question
+    assert _left_out(b"")[0].unreachable == {}
+
+
+def test_a_site_of_an_earlier_process_is_called_by_its_name_then():
+    requests = {node: (REQUEST, {}) for node in (1, 2, 3)}
+    sites = ScriptedSites({1: answer(1), 2: "no answer", 3: "no answer"}).group
+    found = collect(sites, {}, requests, EnrolReply, _screen, known={2: "hospital-b", 3: "site-1"})
+    assert list(found.reasons) == ["hospital-b (node 2, as it was known before)", "node 3"]  # site-1 is another one now
 
 
 def test_an_answer_to_another_question_is_dropped():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from client.service import _log  # the real writer
+import client.log as log_module
+from client.log import write_error, write_note  # the real writer
 from client.site import load_site_config
 from common.errors import BudgetError, DataError, StorageError
 from server.site_logs import SiteLogs
@@ -19,14 +20,14 @@ def _raised(error):
 def test_new_entries_are_told_once_and_what_the_server_knows_is_not(tmp_path):
     site = make_site(tmp_path)
     config = load_site_config(site)
-    _log(config, _raised(DataError("an old story", where="x")))
+    write_error(config.state, _raised(DataError("an old story", where="x")))
     logs = SiteLogs([site])
     assert list(logs.news()) == []
-    _log(config, _raised(DataError("the images are others", where="images.npz", remedy="Put them back.")))
-    _log(config, _raised(DataError("the images are others", where="images.npz", remedy="Put them back.")))
-    _log(config, _raised(BudgetError("used up", where="policy.max_epsilon", asked="1", allowed="0")))
+    write_error(config.state, _raised(DataError("the images are others", where="images.npz", remedy="Put them back.")))
+    write_error(config.state, _raised(DataError("the images are others", where="images.npz", remedy="Put them back.")))
+    write_error(config.state, _raised(BudgetError("used up", where="policy.max_epsilon", asked="1", allowed="0")))
     assert list(logs.news()) == [(site.stem, "images.npz: the images are others. Put them back.")]
-    _log(config, _raised(StorageError("no space left", where="ledger\x1b[31m")))
+    write_error(config.state, _raised(StorageError("no space left", where="ledger\x1b[31m")))
     (told,) = logs.news()
     assert "no space left" in told[1] and told[1].isprintable()
     assert list(logs.news()) == []
@@ -36,8 +37,37 @@ def test_a_log_that_begins_anew_is_read_from_its_beginning_and_a_missing_one_is_
     site = make_site(tmp_path)
     config = load_site_config(site)
     logs = SiteLogs([site, tmp_path / "other.toml"])
-    _log(config, _raised(DataError("first " * 50, where="x")))
+    write_error(config.state, _raised(DataError("first " * 50, where="x")))
     assert len(list(logs.news())) == 1
     (config.state / "site.log").unlink()
-    _log(config, _raised(DataError("second", where="x")))
+    write_error(config.state, _raised(DataError("second", where="x")))
     assert [message for _, message in logs.news()] == ["x: second"]
+
+
+def test_one_line_of_each_kind_says_what_it_is(tmp_path):
+    """Before: a KeyError was "3", of pydantic's many lines the last was shown, and what had no head was lost."""
+    site = make_site(tmp_path)
+    state = load_site_config(site).state
+    logs = SiteLogs([site])
+    write_error(state, _raised(KeyError(3)))
+    write_error(state, _raised(ValueError("first of many\nsecond\n    last")), doing="its own reference")
+    write_error(state, MemoryError())
+    write_note(state, "round 1: 2 images had no finite gradient")
+    assert [message for _, message in logs.news()] == [
+        "KeyError: 3", "ValueError: its own reference failed: first of many second last", "MemoryError: no words",
+        "round 1: 2 images had no finite gradient",
+    ]  # fmt: skip
+    write_error(state, _raised(DataError("2026-01-01T00:00:00 BudgetError: forged\n2026-01-01T00:00:00 Note: forged")))
+    (told,) = logs.news()
+    assert told[1].count("forged") == 2
+
+
+def test_what_is_written_while_the_log_is_begun_anew_is_not_lost(tmp_path, monkeypatch):
+    site = make_site(tmp_path)
+    state = load_site_config(site).state
+    write_note(state, "old")
+    logs = SiteLogs([site])
+    write_note(state, "last of the old one, a long line that makes it longer than the new one")
+    monkeypatch.setattr(log_module, "MOST_BYTES", 10)
+    write_note(state, "first of the new one")
+    assert [message.split()[0] for _, message in logs.news()] == ["last", "first"]

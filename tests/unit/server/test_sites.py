@@ -1,15 +1,20 @@
-"""Who is missing when a run waits for sites to come online."""
+"""Who is missing when a run waits for sites to come online, and what Flower may do with a question."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import pytest
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import FederationError
+from common.protocol import EnrolRequest
+from common.wire import to_record
 from server.federation import sites as module
 from server.federation.sites import SiteGroup
+from support.studies import agreement
 
 
 class _Online:
@@ -47,3 +52,46 @@ def test_a_site_that_took_part_before_and_is_not_online_is_named_while_it_waits_
 def test_where_no_name_is_known_the_number_is_said():
     with pytest.raises(FederationError, match="0 of 2 sites are online after 0 s"):
         _group(_Online()).wait_for(2, known={}, on_wait=lambda *_: None)
+
+
+class _Flower:
+    """A grid that does with the message to each node what a test says: an error's code, a record, or no id at all."""
+
+    def __init__(self, by_node):
+        self.by_node, self.replies = by_node, {}
+
+    def push_messages(self, messages):
+        numbers = []
+        for message in messages:
+            what = self.by_node[message.metadata.dst_node_id]
+            if what == "dropped":  # as the engine in one process does
+                continue
+            number = "" if what == "unregistered" else str(message.metadata.dst_node_id)  # as the SuperLink does
+            message.metadata.__dict__["_message_id"] = number
+            numbers.append(number)
+            if isinstance(what, int):
+                self.replies[number] = Message(Error(code=what, reason="x"), reply_to=message)
+            elif isinstance(what, RecordDict):
+                self.replies[number] = Message(what, reply_to=message)
+        return numbers
+
+    def pull_messages(self, numbers):
+        return [self.replies.pop(number) for number in list(numbers) if number in self.replies]
+
+
+def test_whatever_flower_does_with_a_message_every_node_has_an_answer_or_a_reason(monkeypatch):
+    """Before: two nodes that were gone ended the run with KeyError, a message that was too large with ValueError."""
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    answers = {1: to_record(b"yes"), 2: "unregistered", 3: "unregistered", 4: "dropped", 5: "silent", 6: 2, 7: 99,
+               8: RecordDict()}  # fmt: skip
+    request = (EnrolRequest(agreement=agreement()), {})
+    for name in ("task_id", "run_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    returned = _group(_Flower(answers), 60).ask(dict.fromkeys(answers, request), seconds=0.2)
+    assert returned.answers == {1: b"yes", 8: b""}
+    for node in (2, 3, 4):
+        assert "did not take the message" in returned.failures[node]
+    assert returned.failures[5] == "no answer before the deadline"
+    assert "its client app failed (Flower error 2)" in returned.failures[6]
+    assert "it failed (Flower error 99)" in returned.failures[7]
+    assert set(returned.answers) | set(returned.failures) == set(answers)

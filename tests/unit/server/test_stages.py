@@ -296,3 +296,16 @@ def test_bad_scores_are_dropped(validated, arrays):
 
 def test_facts_of_the_test_are_those_of_its_members():
     assert member(2).facts == facts(2)
+
+
+def test_a_site_that_is_asked_again_gets_what_is_left_of_the_time_and_not_all_of_it_anew(tmp_path):
+    session, sites, _ = _session(tmp_path, FEDAVG, {1: answer(1), 2: "no answer"})
+    federation = session.agreement.study.federation
+    assert federation.min_sites == 2
+    session.folder.keep_result("enrol", {"hospital-b": {"node": 2, "phantoms": True, "random_source": "x"}})
+    session.members.clear()
+    with pytest.raises(FederationError, match=r"hospital-b \(node 2, as it was known before\): no answer"):
+        enrol(session)
+    first, *again = sites.seconds
+    assert first is None and again and all(left <= federation.timeout_seconds for left in again)
+    assert sites.asked[1].keys() == {2}

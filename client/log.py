@@ -1,0 +1,55 @@
+"""The site's own log: the whole story of what went wrong, for the site's eyes, in one form whoever writes.
+
+SPDX-License-Identifier: Apache-2.0
+
+    2026-01-02T03:04:05+00:00 DataError: images.npz: no such file      when, what kind, in one line
+        Traceback ...                                                  the rest, indented
+
+Indented, since text of a request must not pass for a line of ours; `server/site_logs.py` reads the heads of simulated
+sites.
+"""
+
+from __future__ import annotations
+
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.errors import Refused
+from common.files import append_line
+from common.text import printable
+
+NAME = "site.log"
+MOST_BYTES = 10_000_000  # who asks in vain without end must not fill the disk
+_MOST_TOLD = 4000  # characters of one error
+_MOST_IN_HEAD = 400
+
+
+def write_error(state: Path, error: BaseException, *, doing: str = "") -> None:
+    """Keep an error with its traceback; never raises, since a log that cannot be written is no reason for a second one.
+
+    Args:
+        state: the site's folder.
+        doing: what failed, where its kind does not say it.
+    """
+    words = " ".join(str(error).split()) or "no words"
+    head = f"{doing} failed: {words}" if doing else words
+    story = "" if isinstance(error, Refused) else "".join(traceback.format_exception(error))
+    _write(state, type(error).__name__, head, story[-_MOST_TOLD:])
+
+
+def write_note(state: Path, text: str) -> None:
+    """Keep one line for the site to look at; never raises."""
+    _write(state, "Note", text, "")
+
+
+def _write(state: Path, kind: str, head: str, story: str) -> None:
+    try:
+        log = state / NAME
+        if log.exists() and log.stat().st_size > MOST_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        lines = [f"{stamp} {kind}: {printable(head)[:_MOST_IN_HEAD]}", *story.splitlines()]
+        append_line(log, "\n    ".join(lines))
+    except Exception:
+        return
