@@ -9,6 +9,7 @@ names and paths, nothing of records. It is the machine user's own, or wherever t
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -49,11 +50,13 @@ class Registry:
 
     Args:
         path: where it is; None for the user's own.
+
+    Raises:
+        StorageError: the user has no home for a list of its own.
     """
 
     def __init__(self, path: Path | None) -> None:
-        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        self.path = path or Path(home).expanduser() / "synthward" / "ledgers.json"
+        self.path = path or _state_home() / "synthward" / "ledgers.json"
 
     def known(self) -> list[Known]:
         """Every ledger that was begun or approved for on this machine.
@@ -132,6 +135,21 @@ class Registry:
 
     def _write(self, rows: list[Known]) -> None:
         write_json(self.path, [row.model_dump() for row in sorted(rows, key=lambda row: (row.site, row.state))])
+
+
+def _state_home() -> Path:
+    """The user's own folder for such files (XDG base directories), also where HOME is not set."""
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if given.is_absolute():
+        return given
+    try:
+        home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError as error:
+        raise StorageError(
+            "this user has no home folder for the list of this machine's ledgers", where="registry",
+            remedy='Write registry = "FILE.json" into the site file, above its first table, or set HOME.',
+        ) from error  # fmt: skip
+    return Path(home) / ".local" / "state"
 
 
 def _require_same(known: Known, here: Known, ledger: Ledger) -> None:

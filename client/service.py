@@ -100,8 +100,8 @@ class SiteService:
         if newest == self._seen:
             return
         self._seen = newest
-        registry = Registry(config.registry)
         try:
+            registry = Registry(config.registry)
             with registry.locked():
                 registry.place(config.name, ledger)
         except StorageError as error:  # it is only the second witness

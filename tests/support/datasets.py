@@ -23,10 +23,17 @@ def schema_of(*, size: int = 8, channels: int = 1, classes: int = 2) -> DataConf
 
 
 def good_arrays(
-    *, train: int = 40, test: int = 16, size: int = 8, channels: int = 1, classes: int = 2, patients: bool = False
+    *,
+    train: int = 40,
+    test: int = 16,
+    size: int = 8,
+    channels: int = 1,
+    classes: int = 2,
+    patients: bool = False,
+    seed: int = 0,
 ) -> dict[str, NDArray[Any]]:
     """Arrays of a file that is right: random pixels, labels in turn, two images a patient where asked for."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     arrays: dict[str, NDArray[Any]] = {}
     for part, count, first in (("train", train, 0), ("test", test, 10_000)):
         shape = (count, size, size) if channels == 1 else (count, size, size, channels)
