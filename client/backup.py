@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import tarfile
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -84,16 +84,18 @@ def restore(file: Path, state: Path, *, accept: Callable[[Ledger], None]) -> Ent
             "not empty", where=str(state),
             remedy="Move what is there away first, and keep it: it may know of losses that the backup does not.",
         )  # fmt: skip
-    beside = state.with_name(f".{state.name}.{secrets.token_hex(4)}")
+    there = state.exists()  # a mounted folder, or one in a folder of root's: nothing can be put beside it
+    half = (state if there else state.parent) / f".{state.name}.{secrets.token_hex(4)}"
     try:
-        beside.mkdir(parents=True, mode=0o700)
-        _unpack(file, beside)
-        with closing(Ledger.open(beside)) as ledger:
+        half.mkdir(parents=True, mode=0o700)
+        _unpack(file, half)
+        with closing(Ledger.open(half)) as ledger:
             accept(ledger)
             newest = ledger.entries()[-1]
-        with suppress(FileNotFoundError):
-            state.rmdir()
-        beside.rename(state)
+        if there:
+            _move_up(half)
+        else:
+            half.rename(state)
         return newest
     except StorageError:
         raise
@@ -102,7 +104,14 @@ def restore(file: Path, state: Path, *, accept: Callable[[Ledger], None]) -> Ent
     except (tarfile.TarError, sqlite3.Error, *SPOILT, TypeError, IndexError) as error:
         raise StorageError("no whole backup of a site", where=str(file), remedy=_OTHER) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _move_up(folder: Path) -> None:
+    """Move what is in it into the folder that it lies in; the ledger last: without it no command takes the rest."""
+    folder.parent.chmod(0o700)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _SQLITE):
+        path.rename(folder.parent / path.name)
 
 
 def _unpack(file: Path, folder: Path) -> None:

@@ -54,7 +54,7 @@ def init(
     if len(sites) > 1 and (name is not None or data is not None):
         raise DataError("one name and one file of images are of one site", where="init", remedy="Give one SITE.toml.")
     for site in sites:
-        act_as_owner(load_site_config(site).state if name is None and site.exists() else site.absolute().parent)
+        act_as_owner(load_site_config(site).state if name is None and site.exists() else site.absolute().parent, site)
         config = begin(site, name, data)
         if name is not None:
             print(f"{site}: written; read its [policy] and set this hospital's ceilings")
@@ -313,7 +313,7 @@ def restore(
     from client.site import load_site_config
 
     config = load_site_config(site)
-    act_as_owner(config.state)
+    act_as_owner(config.state, site)
     registry = Registry(config.registry)
     with registry.locked():
         newest = put_back(backup, config.state, accept=registry.require_not_older)

@@ -17,16 +17,23 @@ from pathlib import Path
 from common.errors import StorageError
 
 
-def act_as_owner(path: Path) -> None:
-    """Go on as the user whom a folder belongs to, or the nearest one above it that is there; for good.
+def act_as_owner(path: Path, site: Path | None = None) -> None:
+    """Go on as the user whom a state folder belongs to, or the nearest folder above it that is there; for good.
 
     Nothing changes where that is this user, or root owns it.
+
+    Args:
+        site: the site file; where the folder is root's and empty, or yet to be made in one of root's, the file's owner
+            is the site's user.
 
     Raises:
         StorageError: it is another user, and this one is not root.
     """
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     found, me = there.stat(), os.geteuid()
+    empty = there != path or not any(path.iterdir())
+    if found.st_uid == 0 and empty and site is not None and site.exists():
+        there, found = site, site.stat()
     if found.st_uid in (me, 0):
         return
     name = _name(found.st_uid)
@@ -38,7 +45,8 @@ def act_as_owner(path: Path) -> None:
             remedy=f"Run it as {name}: everything of a site belongs to one user.",
         )  # fmt: skip
     print(f"acting as user {name}, to whom {there} belongs", file=sys.stderr, flush=True)
-    group, home, groups = found.st_gid, str(there), [found.st_gid]
+    home = str(there if there.is_dir() else there.parent)
+    group, groups = found.st_gid, [found.st_gid]
     with suppress(KeyError):  # a user of this machine has a group, a home and a name of its own
         known = pwd.getpwuid(found.st_uid)
         group, home, groups = known.pw_gid, known.pw_dir, os.getgrouplist(known.pw_name, known.pw_gid)

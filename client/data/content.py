@@ -13,6 +13,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ Floats = NDArray[np.float64]
 _SIDE = 8  # pixels a side of a thumbnail
 _DARKEST_WHITE = 31  # a set whose brightest pixel is no brighter was written with too few bits
 _DIM, _FLAT = 100, 8.0  # brightest pixel and mean contrast, below which a set is looked at twice
-_MOST_CONSTANT = 0.5  # share of flat images that cannot be meant
+_EMPTY = 2.0  # grey levels of contrast, below which an image is one flat colour
+_MOST_EMPTY = 0.5  # share of such images that cannot be meant
 _SHARED_SHAPE = 0.35  # share of the thumbnails' energy in one pattern, from which on images of the other sign stand out
 _OPPOSITE = -0.35  # correlation with that pattern: below it an image is the negative of the others
 _ALIKE = 0.999  # correlation of thumbnails that makes two images near copies
@@ -40,7 +42,8 @@ class Looks:
     """One class in one part.
 
     Attributes:
-        brightness, contrast: mean over images of a pixel's mean and standard deviation, 0 to 255.
+        brightness, contrast: mean over images of the pixels' mean, and of their standard deviation within a channel,
+            0 to 255.
         darkest, brightest: over all pixels.
     """
 
@@ -77,13 +80,11 @@ def look_at(splits: Splits, schema: DataConfig) -> Content:
                   for kind, name in enumerate(schema.classes))  # fmt: skip
     refusals, warnings = list[str](), list[str]()
     for part, found in seen.items():
-        _range(part, found, refusals, warnings)
-        share = float((found.darkest == found.brightest).mean())
-        if share > _MOST_CONSTANT:
-            refusals.append(f"{part}: {share:.0%} of the images are one flat colour")
+        refused, warned = _spoilt(part, found, parts[part].labels, schema.classes)
+        refusals += refused
+        warnings += warned
         _inverted(part, found.small, warnings)
-        if found.copies:
-            warnings.append(f"{part}: {found.copies} image(s) are exact copies of others in it")
+        _repeated(part, found, warnings)
     near = _near_copies(seen["train"].small, seen["holdout"].small)
     if near:
         warnings.append(f"{near} holdout image(s) look like copies of train ones: are patients in both parts?")
@@ -99,7 +100,7 @@ class _Seen:
 
     Attributes:
         brightness, contrast, darkest, brightest: (N,), over all pixels and channels.
-        used: (256,), which values any pixel has.
+        used: (N, 32), which of 256 values its pixels have, a bit each.
         small: thumbnails (N, T).
         copies: images that are exact copies of an earlier one.
     """
@@ -108,26 +109,30 @@ class _Seen:
     contrast: Floats
     darkest: NDArray[np.uint8]
     brightest: NDArray[np.uint8]
-    used: NDArray[np.bool_]
+    used: NDArray[np.uint8]
     small: Floats
     copies: int
 
     @classmethod
     def of(cls, images: NDArray[np.uint8]) -> _Seen:
         """Of images (N, C, S, S)."""
-        used, digests, blocks = np.zeros(256, bool), set[bytes](), list[tuple[Floats, ...]]()
+        digests, blocks = set[bytes](), list[tuple[NDArray[Any], ...]]()
         many = max(1, _AT_ONCE_BYTES // max(1, images[:1].nbytes))
         for start in range(0, len(images), many):
             block = images[start : start + many]
             flat = block.reshape(len(block), -1)
-            used |= np.bincount(flat.ravel(), minlength=256) > 0
+            used = np.zeros((len(block), 256), bool)
+            used[np.arange(len(block))[:, None], flat] = True
             digests.update(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in block)
-            blocks.append((flat.mean(axis=1), flat.std(axis=1, dtype=np.float32), flat.min(axis=1), flat.max(axis=1),
-                           _thumbnails(block)))  # fmt: skip
-        brightness, contrast, darkest, brightest, small = (
-            np.concatenate(column) for column in zip(*blocks, strict=True)
-        )
-        return cls(brightness, contrast, darkest, brightest, used, small, len(images) - len(digests))
+            blocks.append((flat.mean(axis=1), _contrast(block), flat.min(axis=1), flat.max(axis=1),
+                           np.packbits(used, axis=1), _thumbnails(block)))  # fmt: skip
+        columns = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        return cls(*columns, copies=len(images) - len(digests))
+
+    def of_class(self, mine: NDArray[np.bool_]) -> _Seen:
+        """The same of some images alone; copies are not counted anew."""
+        return _Seen(self.brightness[mine], self.contrast[mine], self.darkest[mine], self.brightest[mine],
+                     self.used[mine], self.small[mine], 0)  # fmt: skip
 
 
 def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int = 64) -> bytes:
@@ -150,9 +155,39 @@ def _looks(part: str, name: str, seen: _Seen, mine: NDArray[np.bool_]) -> Looks:
                  int(seen.darkest[mine].min()), int(seen.brightest[mine].max()))  # fmt: skip
 
 
+def _spoilt(part: str, seen: _Seen, labels: NDArray[np.int64], classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(refusals, warnings): what an export has lost, in a part, or in a class of it, since that may have come another
+    way. What is said of the part is not said again of its classes."""
+    refusals, warnings = _export(part, seen)
+    if refusals:
+        return refusals, warnings
+    of_classes = [_export(f"{part}, class '{name}'", seen.of_class(labels == kind))
+                  for kind, name in enumerate(classes) if (labels == kind).any()]  # fmt: skip
+    refused = [line for lines, _ in of_classes for line in lines]
+    return refused, warnings or [line for _, lines in of_classes for line in lines]
+
+
+def _export(which: str, seen: _Seen) -> tuple[list[str], list[str]]:
+    """(refusals, warnings) of some images taken together."""
+    refusals, warnings = list[str](), list[str]()
+    _range(which, seen, refusals, warnings)
+    if not refusals:
+        _flat(which, seen, refusals, warnings)
+    return refusals, warnings
+
+
+def _flat(part: str, seen: _Seen, refusals: list[str], warnings: list[str]) -> None:
+    """Images of one colour, or almost: nothing can be learnt from them, and each costs what a whole one does."""
+    many = int((seen.contrast < _EMPTY).sum())
+    if many > _MOST_EMPTY * len(seen.contrast):
+        refusals.append(f"{part}: {many / len(seen.contrast):.0%} of the images are one flat colour")
+    elif many:
+        warnings.append(f"{part}: {many} image(s) are one flat colour, or almost")
+
+
 def _range(part: str, seen: _Seen, refusals: list[str], warnings: list[str]) -> None:
     """Bits: a mask or a 4-bit export is valid uint8, and black to whoever looks at it."""
-    low, high, values = int(seen.darkest.min()), int(seen.brightest.max()), int(seen.used.sum())
+    low, high, values = int(seen.darkest.min()), int(seen.brightest.max()), _values(seen.used)
     between = f"{part}: all pixels lie between {low} and {high} of 255"
     if high <= _DARKEST_WHITE:
         refusals.append(f"{between}: black to the eye, so the export lost bits")
@@ -180,14 +215,39 @@ def _inverted(part: str, small: Floats, warnings: list[str]) -> None:
         warnings.append(f"{part}: {many} image(s) look like negatives of the others (MONOCHROME1 not inverted?)")
 
 
-def _near_copies(train: Floats, holdout: Floats) -> int:
-    """Holdout images with a train image of the same thumbnail, of as many as are compared in seconds."""
-    few = holdout[: max(1, _MOST_PAIRS // max(1, len(train)))]
-    alive = train[np.abs(train).max(axis=1) > 0]
-    if not len(alive):
-        return 0
-    blocks = [few[start : start + 512] @ alive.T for start in range(0, len(few), 512)]
-    return sum(int((block.max(axis=1) > _ALIKE).sum()) for block in blocks)
+def _contrast(images: NDArray[np.uint8]) -> Floats:
+    """(N,): standard deviation of a channel's pixels, mean over channels: one colour has none."""
+    channels = images.reshape(*images.shape[:2], -1)
+    return channels.std(axis=2, dtype=np.float32).mean(axis=1)
+
+
+def _values(used: NDArray[np.uint8]) -> int:
+    """How many values the pixels of some images have together."""
+    return int(np.unpackbits(np.bitwise_or.reduce(used, axis=0)).sum())
+
+
+def _repeated(part: str, seen: _Seen, warnings: list[str]) -> None:
+    """One picture several times: it counts each time, and a patient with many is protected less."""
+    if seen.copies:
+        warnings.append(f"{part}: {seen.copies} image(s) are exact copies of others in it")
+    near = _near_copies(seen.small, seen.small, same=True) - seen.copies
+    if near > 0:
+        warnings.append(f"{part}: {near} more image(s) look like copies in it: one patient's? Then give *_groups")
+
+
+def _near_copies(train: Floats, holdout: Floats, *, same: bool = False) -> int:
+    """Holdout images with a train image of the same thumbnail, of as many as are compared in seconds.
+
+    Args:
+        same: the two are one set, and an image is held against those before it.
+    """
+    few, found = holdout[: max(1, _MOST_PAIRS // max(1, len(train)))], 0
+    for start in range(0, len(few), 512):
+        block = few[start : start + 512] @ train.T  # a flat image's thumbnail is 0, and like no other
+        if same:
+            block *= np.arange(len(train)) < np.arange(start, start + len(block))[:, None]
+        found += int((block.max(axis=1, initial=0.0) > _ALIKE).sum())
+    return found
 
 
 def _unusual(seen: _Seen) -> tuple[int, ...]:

@@ -147,3 +147,28 @@ def test_without_a_home_one_line_says_what_to_write_and_then_it_works(hospital, 
     for command in (check, ("verify-ledger", "site.toml"), ("budget", "site.toml")):
         code, _, error = _site(SITE, *command, env=env, cwd=hospital)
         assert code == 0, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["gone", "empty and root's"])
+def test_a_restore_by_root_gives_the_folder_to_the_sites_user_or_says_why_not(hospital, srv, packages, state):
+    """Before: where the state folder lay in one of root's, root's files were put there, and `serve` was shut out."""
+    code, _, error = _site(SITE, "backup", "site.toml", "--to", "b.tar", env=packages, cwd=hospital)
+    assert code == 0, error
+    shutil.rmtree(hospital / "state")
+    theirs = srv / "state"  # in a folder of root's
+    site = hospital / "site.toml"
+    site.write_text(re.sub(r"(?m)^state = .*$", f'state = "{theirs}"', site.read_text()))
+    if state != "gone":
+        theirs.mkdir(mode=0o700)
+    restore = ("restore", "site.toml", "--from", "b.tar")
+    code, _, error = _site(0, *restore, env=packages, cwd=hospital)
+    assert code == 2 and f"acting as user {SITE}" in error and "ermission denied" in error.splitlines()[-1]
+    assert not theirs.exists() or not list(theirs.iterdir())
+    theirs.mkdir(exist_ok=True)
+    os.chown(theirs, SITE, SITE)
+    code, _, error = _site(0, *restore, env=packages, cwd=hospital)
+    assert code == 0, error
+    assert owners(theirs) == {SITE}
+    code, _, error = _site(SITE, "verify-ledger", "site.toml", env=packages, cwd=hospital)
+    assert code == 0, error

@@ -7,6 +7,7 @@ import stat
 import tarfile
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,3 +181,56 @@ def test_a_state_under_any_path_is_backed_up(tmp_path, name):
     _back_up(site, tmp_path / "backup.tar")
     restore(tmp_path / "backup.tar", tmp_path / "again", accept=lambda _: None)
     assert (tmp_path / "again" / "deep" / "er" / "file").read_text() == "x"
+
+
+def test_a_folder_that_is_there_and_empty_is_filled_where_it_is(path, tmp_path):
+    """A mounted folder cannot be exchanged for another one, and a folder of root's may hold it."""
+    file, state = tmp_path / "backup.tar", tmp_path / "mounted" / "state"
+    number, _ = _back_up(path, file)
+    state.mkdir(parents=True)
+    before = state.stat().st_ino
+    with pytest.raises(StorageError):
+        restore(_spoilt(file), state, accept=lambda _: None)
+    assert list(state.iterdir()) == []
+    assert restore(file, state, accept=lambda _: None).number == number
+    assert state.stat().st_ino == before
+    assert [p.name for p in state.parent.iterdir()] == ["state"]
+    Ledger.open(state).close()
+
+
+def _spoilt(file):
+    half = file.with_name("half.tar")
+    half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return half
+
+
+def test_a_restore_that_was_killed_while_it_moved_files_leaves_nothing_that_is_taken_for_a_ledger(
+    path, tmp_path, monkeypatch
+):
+    file = tmp_path / "backup.tar"
+    _back_up(path, file)
+    moved, rename = list[str](), Path.rename
+    with tarfile.open(file) as tar:
+        files = {name.partition("/")[0] for name in tar.getnames()} - {"backup.json"}
+    for last in range(len(files)):
+        state = tmp_path / f"state-{last}"
+        state.mkdir()
+        moved.clear()
+
+        def stopped(source, target, last=last):
+            if len(moved) == last:
+                raise KeyboardInterrupt
+            moved.append(source.name)
+            return rename(source, target)
+
+        monkeypatch.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            restore(file, state, accept=lambda _: None)
+        monkeypatch.undo()
+        assert "ledger.sqlite" not in moved
+        with pytest.raises(StorageError):
+            Ledger.open(state)
+        if moved:
+            with pytest.raises(StorageError, match="not empty"):
+                restore(file, state, accept=lambda _: None)
+    assert len(moved) == len(files) - 1 >= 2

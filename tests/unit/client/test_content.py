@@ -96,3 +96,63 @@ def test_the_strangest_image_comes_first_and_is_shown():
     assert found.unusual[0] == 20
     page = Image.open(io.BytesIO(sheet(PHANTOMS.train, found.unusual[:20])))
     assert page.size == (16 * 64, 2 * 64)
+
+
+def _of_class(change):
+    """A change of the second class's pixels alone."""
+    mine = PHANTOMS.train.labels == 1
+    return lambda x: np.where(mine[:, None, None, None], change(x), x).astype(np.uint8)
+
+
+CLASS = "train, class 'opacity': "
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda x: x >> 4, "all pixels lie between 0 and 1"),
+     (lambda x: (x > 128) * 255, "pixels have 2 values, 0 and 255: masks"),
+     (lambda x: np.full_like(x, 77), "pixels have 1 values, 77 and 77: masks"),
+     (lambda x: np.arange(len(x))[:, None, None, None] % 200 + 20 + 0 * x, "100% of the images are one flat colour")],
+)  # fmt: skip
+def test_a_class_that_came_another_way_is_refused_by_its_name(change, words):
+    """Before: only the whole part was looked at, in which the other class hid it."""
+    refusals = look_at(_changed(_of_class(change)), SCHEMA).refusals
+    assert len(refusals) == 1 and refusals[0].startswith(CLASS + words), refusals
+
+
+def test_a_class_of_few_values_is_warned_of():
+    found = look_at(_changed(_of_class(lambda x: x // 32 * 32)), SCHEMA)
+    assert any(line.startswith(f"{CLASS}all pixels") for line in found.warnings), found
+
+
+@given(share=st.floats(0.005, 0.4), noise=st.integers(0, 2), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_flat_images_among_the_others_are_counted_whatever_their_greys(share, noise, seed):
+    draws = np.random.default_rng(seed)
+    flat = draws.random(len(PHANTOMS.train)) < share
+    flat[0] = True
+    greys = draws.integers(20, 235, len(flat))[:, None, None, None] + draws.integers(0, noise + 1, (1, 1, 32, 32))
+    found = look_at(_changed(lambda x: np.where(flat[:, None, None, None], greys, x).astype(np.uint8)), SCHEMA)
+    line = f"train: {flat.sum()} image(s) are one flat colour, or almost"
+    assert line in found.warnings, (line, found.warnings, found.refusals)
+
+
+def test_near_copies_within_train_are_counted_apart_from_exact_ones():
+    noise = np.random.default_rng(0).integers(-2, 3, (6, 1, 32, 32))
+    near = np.clip(PHANTOMS.train.images[:6].astype(int) + noise, 0, 255).astype(np.uint8)
+    warnings = look_at(_changed(lambda x: np.concatenate([x[:-10], near, x[:4]])), SCHEMA).warnings
+    assert "train: 4 image(s) are exact copies of others in it" in warnings
+    assert any(line.startswith("train: 6 more image(s) look like copies in it") for line in warnings), warnings
+
+
+def test_one_colour_is_flat_though_its_channels_differ():
+    rng = np.random.default_rng(0)
+    schema = DataConfig(image_size=32, channels=3, classes=("clear", "opacity"))
+    coloured = {part: np.repeat(images.images, 3, axis=1) for part, images in
+                (("train", PHANTOMS.train), ("holdout", PHANTOMS.holdout))}  # fmt: skip
+    coloured["train"][:9] = rng.integers(0, 256, (9, 3, 1, 1))
+    splits = Splits(
+        ImageSet(coloured["train"], PHANTOMS.train.labels, PHANTOMS.train.patients),
+        ImageSet(coloured["holdout"], PHANTOMS.holdout.labels, PHANTOMS.holdout.patients), phantom=True,
+    )  # fmt: skip
+    assert "train: 9 image(s) are one flat colour, or almost" in look_at(splits, schema).warnings
