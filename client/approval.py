@@ -28,7 +28,10 @@ from common.files import sha256_file
 from common.mechanisms import PARTITIONS, Partition
 from common.study import Study
 
-_LOOK = "Export the images again; `synthward-site check --picture FILE.png` shows the most unusual ones."
+_LOOK = (
+    "Export the images again; `synthward-site check SITE.toml --study STUDY.toml --picture FILE.png` shows the most"
+    " unusual ones."
+)
 MOST_NAME = 200  # characters of who approves
 MOST_STUDIES = 64  # that are counted to say how many more a ceiling allows
 

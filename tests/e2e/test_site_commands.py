@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from client.beginning import begin
@@ -223,3 +226,27 @@ def test_a_site_that_is_killed_while_it_serves_can_be_served_again(hospital):
         assert isinstance(_send(hospital / "s" / "site.sock", request).body, Refusal)
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_a_file_that_is_larger_than_the_memory_is_told_in_one_line(hospital):
+    _write_black_images(hospital / "images.npz", megabytes=1500)
+    limit = 1000 << 20
+    result = _site("check", "site.toml", "--study", "study.toml", cwd=hospital,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(r"error: .*images\.npz: train_images: the array does not fit in memory\..*\n", result.stderr)
+
+
+def _write_black_images(path, *, megabytes):
+    """An archive that packs as well as an attacker's, or a constant export."""
+    count, side = (megabytes << 20) // 256, 16
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for part, many in (("train", count), ("test", 40)):
+            head = {"descr": "|u1", "fortran_order": False, "shape": (many, side, side)}
+            with archive.open(f"{part}_images.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, head)
+                for start in range(0, many * side * side, 1 << 24):
+                    file.write(bytes(min(1 << 24, many * side * side - start)))
+            with archive.open(f"{part}_labels.npy", "w") as file:
+                np.lib.format.write_array(file, (np.arange(many) % 2).astype(np.uint8)[:, None])

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -139,7 +140,9 @@ def test_a_terminal_that_is_closed_ends_it(tmp_path):
     os.close(theirs)
     text, deadline = "", time.monotonic() + 240
     while BEGUN not in text and time.monotonic() < deadline:
-        text += os.read(ours, 4096).decode(errors="replace")
+        if select.select([ours], [], [], 1.0)[0]:
+            text += os.read(ours, 4096).decode(errors="replace")
+    assert BEGUN in text, text
     family = psutil.Process(process.pid).children(recursive=True)
     os.close(ours)
     try:

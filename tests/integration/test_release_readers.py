@@ -1,10 +1,12 @@
 """A release in other people's hands: the right labels by whatever reads it, for names in any script.
 
-`pip install "synthward[readers]"` installs the readers that the project itself has no use for; without them their cases
-are skipped, and what they do with a folder's name is tested in `tests/unit/server/test_server_parts.py`.
+The readers are installed with the project's other tools (`dev`); what they do with a folder's name is also tested in
+`tests/unit/server/test_server_parts.py`.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ def release(request, tmp_path):
 
 def test_torchvision(release):
     create_backbone("test_vit3", channels=1, classes=2, image_size=16)  # makes up for a torchvision of another torch
-    datasets = pytest.importorskip("torchvision.datasets")
+    datasets = importlib.import_module("torchvision.datasets")
     folder, labels, names = release
     found = datasets.ImageFolder(str(folder / "png"))
     assert found.classes == folder_names(names)
@@ -57,7 +59,7 @@ def test_torchvision(release):
 def test_hugging_face(release, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    load_dataset = pytest.importorskip("datasets").load_dataset
+    load_dataset = importlib.import_module("datasets").load_dataset
     folder, labels, names = release
     found = load_dataset("imagefolder", data_dir=str(folder / "png"), cache_dir=str(tmp_path / "cache"))
     assert list(found) == ["train"] and len(found["train"]) == len(labels)
@@ -66,14 +68,27 @@ def test_hugging_face(release, tmp_path, monkeypatch):
 
 
 def test_pandas(release):
-    read_csv = pytest.importorskip("pandas").read_csv
-    image = pytest.importorskip("PIL.Image")
+    read_csv = importlib.import_module("pandas").read_csv
+    image = importlib.import_module("PIL.Image")
     folder, labels, names = release
     table = read_csv(folder / "labels.csv", dtype={"class": str})
     assert len(table) == len(labels) and [names[label] for label in table["label"]] == table["class"].tolist()
     assert all(
         np.asarray(image.open(folder / file)).flat[0] == label for file, label in zip(table["file"], table["label"])
     )
+
+
+def test_medmnist(release):
+    """Its own reader takes the file under the name of one of its sets; it knows how many images those have, so its
+    `len` is no use for others."""
+    create_backbone("test_vit3", channels=1, classes=2, image_size=16)  # as above: it asks for torchvision
+    medmnist = importlib.import_module("medmnist")
+    folder, labels, _ = release
+    (folder / "synthetic.npz").rename(folder / "pneumoniamnist.npz")
+    found = medmnist.PneumoniaMNIST(split="train", root=str(folder), download=False)
+    rows = [found[number] for number in range(len(labels))]
+    assert [int(label[0]) for _, label in rows] == labels.tolist()
+    assert all(np.asarray(image).flat[0] == label for (image, _), label in zip(rows, labels, strict=True))
 
 
 def test_the_layout_of_medmnist(release):
