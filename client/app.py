@@ -66,13 +66,14 @@ def _unreachable(context: Context, error: Exception) -> Unreachable:
     """What the coordinator reads in the place of an answer: whose carrier this is, and why it has none."""
     name = str(context.node_config.get("name") or Path(str(context.node_config.get("site", ""))).stem or "a carrier")
     code = error.code() if isinstance(error, grpc.Call) else None
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    too_large = isinstance(error, grpc.Call) and "larger than max" in str(error.details())  # it may be busy, too
+    if too_large:
         what = "the request is larger than the site reads (performance.max_message_mb of its site file)"
     elif isinstance(error, grpc.RpcError):
         what = f"its process does not answer ({type(error).__name__ if code is None else code.name})"
     else:  # a DataError of ours says what to set; anything else may hold a path
         what = f"its carrier failed ({error.what if isinstance(error, DataError) else type(error).__name__})"
-    return Unreachable(carrier=name[:100], what=what[:400], again=code is not grpc.StatusCode.RESOURCE_EXHAUSTED)
+    return Unreachable(carrier=name[:100], what=what[:400], again=not too_large)
 
 
 def socket_of(context: Context) -> Path:

@@ -46,6 +46,7 @@ class Verdict:
         more: how many further studies like this one the ceiling allows after it; `MOST_STUDIES` = that many or more.
         warnings: one line each, for the site's own screen.
         approval: the one in force, or None.
+        same_images: whether it was given for the images that are there now.
     """
 
     refusals: tuple[Refused, ...]
@@ -54,6 +55,7 @@ class Verdict:
     more: int
     warnings: tuple[str, ...]
     approval: Approval | None
+    same_images: bool
 
     @property
     def possible(self) -> bool:
@@ -92,12 +94,13 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     refusals += _not_meant(site)
     refusals += [_over(p, after[p], policy) for p in PARTITIONS if after[p] > policy.max_epsilon]
     twice, warnings = _counted_twice(site, ledger, study)
+    approval = ledger.approval(study.sha256)
     return Verdict(
         (*refusals, *_own_as_public(site, study), *twice), before, after,
         0 if refusals else _more(policy, others, plan),
         (*_unit_warnings(site, study), *site.cohort.warnings(study), *site.report.warnings, *site.content.warnings,
          *warnings),
-        ledger.approval(study.sha256),
+        approval, approval is not None and approval.data == site.fingerprints(ledger.key).digest,
     )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def clean_name(by: str) -> str:
         raise DataError("a character that cannot be printed", where="--by", remedy="Write the name in plain letters.")
     if sum(c.isalpha() for c in text) < 2 or len(text) > MOST_NAME:
         raise DataError(
-            "no name" if len(text) <= MOST_NAME else f"over {MOST_NAME} characters", where="--by",
+            "fewer than two letters" if len(text) <= MOST_NAME else f"over {MOST_NAME} characters", where="--by",
             remedy="Give name and role of who decides.",
         )  # fmt: skip
     return text
@@ -233,7 +236,8 @@ def _counted_twice(site: Site, ledger: Ledger, study: Study) -> tuple[list[Refus
         if shared:
             refusals.append(PolicyRefusal(
                 f"{in_words(shared)} are counted in the ledger of site {known.site} at {known.state} already",
-                where="ledger.elsewhere", remedy="Approve the study at that site, or leave them out here.",
+                where="ledger.elsewhere",
+                remedy="Approve the study at that site, leave them out here, or revoke there what has spent nothing.",
             ))  # fmt: skip
     return refusals, warnings
 

@@ -22,6 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
+from client.privacy.chain import HALF as _HALF
 from client.privacy.ledger import Entry, Ledger
 from common.errors import StorageError
 from common.files import SPOILT, atomic_write, canonical_json, storage_error
@@ -30,6 +31,7 @@ _LAST = "backup.json"  # the SHA-256 of every file before it: a tar that was cut
 _SQLITE, _HEAD = "ledger.sqlite", "ledger.head"
 _LEFT_OUT = (f"{_SQLITE}-wal", f"{_SQLITE}-shm", "service.lock", _LAST)
 _OTHER = "Use another one."
+_OF_A_DISK = "lost+found"  # lies in every new one
 
 
 def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
@@ -43,6 +45,7 @@ def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
     """
     if file.exists():
         raise StorageError("is there already", where=str(file), remedy="Give a new name for every backup.")
+    file.parent.mkdir(parents=True, exist_ok=True)
     state, half, sums = ledger.state, file.with_name(f".{file.name}.{secrets.token_hex(4)}"), dict[str, str]()
     try:
         with ledger.chain.exclusive():  # for this moment alone: whoever waits for it is answered late
@@ -79,13 +82,15 @@ def restore(file: Path, state: Path, *, accept: Callable[[Ledger], None]) -> Ent
         StorageError: the folder is not empty, or the file is no whole backup, or `accept` says no; nothing is left
             behind then.
     """
-    if state.exists() and any(state.iterdir()):
+    for left in state.glob(f"{_HALF}*"):  # of a restore that was killed: copies of a backup
+        shutil.rmtree(left, ignore_errors=True)
+    if state.exists() and any(path.name != _OF_A_DISK for path in state.iterdir()):
         raise StorageError(
             "not empty", where=str(state),
             remedy="Move what is there away first, and keep it: it may know of losses that the backup does not.",
         )  # fmt: skip
     there = state.exists()  # a mounted folder, or one in a folder of root's: nothing can be put beside it
-    half = (state if there else state.parent) / f".{state.name}.{secrets.token_hex(4)}"
+    half = (state if there else state.parent) / f"{_HALF}{secrets.token_hex(4)}"
     try:
         half.mkdir(parents=True, mode=0o700)
         _unpack(file, half)
@@ -109,9 +114,15 @@ def restore(file: Path, state: Path, *, accept: Callable[[Ledger], None]) -> Ent
 
 def _move_up(folder: Path) -> None:
     """Move what is in it into the folder that it lies in; the ledger last: without it no command takes the rest."""
-    folder.parent.chmod(0o700)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == _SQLITE):
-        path.rename(folder.parent / path.name)
+    moved = list[Path]()
+    try:
+        folder.parent.chmod(0o700)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == _SQLITE):
+            moved.append(path.rename(folder.parent / path.name))
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _unpack(file: Path, folder: Path) -> None:
@@ -135,7 +146,7 @@ def _unpack(file: Path, folder: Path) -> None:
 
 def _copied(path: Path) -> bytes:
     """The database as one file, without the journal that lies beside it."""
-    with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as source:
+    with closing(sqlite3.connect(f"file:{quote(os.fsencode(path.resolve()))}?mode=ro", uri=True)) as source:
         return source.serialize()
 
 

@@ -89,6 +89,7 @@ def check(
         site.config.policy.permit(settings, plan, site.cohort)
         if picture is not None:
             atomic_write(picture, site.unusual)
+            print(f"{picture}: written (PNG): the train images that are least like the others", file=sys.stderr)
         require_meant(site)
         rows.append(_row(site, *site.cohort.warnings(settings)))
     if as_json:
@@ -256,24 +257,23 @@ def serve(
     import signal
     import threading
 
-    from client.service import exposed, serving
-    from client.site import load_site_config
+    from client.service import serving, shortcomings
 
     os.umask(0o077)  # answers and log are for this user alone
     _placed(sites)
-    for path in (found for site in sites for found in exposed(load_site_config(site))):
-        if not while_stdin:
-            print(f"warning: {path}: every user of this machine may read it; chmod o-rwx", file=sys.stderr, flush=True)
+    for warning in () if while_stdin else shortcomings(sites):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda code, _: os._exit(128 + code) if stop.is_set() else stop.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda code, _: os._exit(128 + code) if stop.is_set() else stop.set())
     with serving(sites, sockets) as made:
         print("ready: " + " ".join(map(str, made)), flush=True)
         if while_stdin:
             sys.stdin.buffer.read()
             os._exit(0)  # whoever started us is gone: an answer under way is reserved, so nothing is under-counted
         stop.wait()
-        print("stopping once the answer under way has left; a second signal ends it, its cost counted", flush=True)
+        print("stopping; an answer under way leaves first (a second signal ends it, its cost counted)", flush=True)
     print("stopped")
 
 
@@ -393,7 +393,7 @@ def _tried(path: Path, sites: list[Path]) -> tuple[Study, StudyPlan]:
 
 def main() -> None:
     """Entry point."""
-    run(app, interrupted="interrupted; what was reserved counts as spent")
+    run(app, program="synthward-site", interrupted="interrupted; what was reserved counts as spent")
 
 
 if __name__ == "__main__":

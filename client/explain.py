@@ -119,11 +119,12 @@ def _policy(verdict: Verdict) -> Iterator[str]:
     if verdict.possible:
         yield "YES: every rule of the policy allows this study, and the ceilings leave room for all of it."
     approval = verdict.approval
-    yield (
-        f"Approved by {approval.by}, {approval.at}."
-        if approval
-        else "Not approved yet, so it gets nothing but a refusal."
-    )
+    if approval is None:
+        yield "Not approved yet, so it gets nothing but a refusal."
+    else:
+        yield f"Approved by {approval.by}, {approval.at}."
+    if approval is not None and not verdict.same_images:
+        yield "That was for other images than are here now: it gets no answer until it is approved again."
 
 
 def _ours(study: Study, plan: StudyPlan) -> dict[Partition, float]:

@@ -46,10 +46,13 @@ def write_note(state: Path, text: str) -> None:
 def _write(state: Path, kind: str, head: str, story: str) -> None:
     try:
         log = state / NAME
+        if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe would hold us up for good
+            return
         if log.exists() and log.stat().st_size > MOST_BYTES:
             log.replace(log.with_suffix(".log.1"))
+            log.touch(mode=0o600)
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        lines = [f"{stamp} {kind}: {printable(head)[:_MOST_IN_HEAD]}", *story.splitlines()]
+        lines = [f"{stamp} {kind}: {printable(head)[:_MOST_IN_HEAD]}", *map(printable, story.splitlines())]
         append_line(log, "\n    ".join(lines))
     except Exception:
         return

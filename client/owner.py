@@ -31,8 +31,7 @@ def act_as_owner(path: Path, site: Path | None = None) -> None:
     """
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     found, me = there.stat(), os.geteuid()
-    empty = there != path or not any(path.iterdir())
-    if found.st_uid == 0 and empty and site is not None and site.exists():
+    if me == found.st_uid == 0 and site is not None and site.exists() and (there != path or _empty(path)):
         there, found = site, site.stat()
     if found.st_uid in (me, 0):
         return
@@ -56,6 +55,10 @@ def act_as_owner(path: Path, site: Path | None = None) -> None:
     for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "TMPDIR"):
         os.environ.pop(variable, None)  # they are root's: above all its own list of ledgers
     os.environ |= {"HOME": home, "USER": name, "LOGNAME": name}
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _name(uid: int) -> str:

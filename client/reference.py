@@ -36,10 +36,10 @@ def private_reference(
         expected_batch: public estimate of the units per step.
 
     Raises:
-        NotApproved, PolicyRefusal: refused; no record was touched.
+        NotApproved, PolicyRefusal: refused; nothing leaves.
         StudyError: the study's backbone cannot be trained privately.
     """
-    kept = gate.kept("reference")
+    kept = gate.store.made_of(gate.admitted, "reference")
     data, backbone = study.data, study.validation.backbone
     if kept.exists():
         arrays = unpack_arrays(kept.read_bytes(), where=str(kept))
@@ -81,9 +81,9 @@ def _train(
         adam.zero_grad(set_to_none=True)
         gradients.close()
         model.net.eval()
-        if bounded_arrays(model.state(), LARGEST_WEIGHT):  # else it is paid for and useless: it would not be read again
-            atomic_write(kept, pack_arrays(model.state()))
-        permit.done()
+        with permit.confirming():
+            if bounded_arrays(model.state(), LARGEST_WEIGHT):  # else it is paid for and useless: it would not be read
+                atomic_write(kept, pack_arrays(model.state()))
 
 
 def _draw(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -94,13 +94,18 @@ class Registry:
         """List an open ledger where and as it is now; inside `locked`.
 
         Raises:
-            StorageError: it is also at the place where it was before, so that one of the two is a copy; or it has not
-                the entries that it had when it was last looked at.
+            StorageError: it is also at the place where it was before, so that one of the two is a copy; it has not the
+                entries that it had when it was last looked at; or another ledger bears the site's name.
         """
         here, rest = Known.of(site, ledger), []
         for known in self.known():
             if known.ledger == here.ledger:
                 _require_same(known, here, ledger)
+            elif known.site == site and _identity(Path(known.state)) == known.ledger:
+                raise StorageError(
+                    f"site {site} has another ledger at {known.state}", where=here.state,
+                    remedy="One name is one site: give this site file the name that its ledger was begun with.",
+                )  # fmt: skip
             else:
                 rest.append(known)
         self._write([*rest, here])
@@ -120,17 +125,18 @@ class Registry:
         return [known for known in self.known() if known.ledger != ledger.identity]
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, wait: bool = True) -> Iterator[None]:
         """Alone on this machine until the block ends.
 
         Raises:
-            StorageError: the list's folder cannot be written.
+            StorageError: the list's folder cannot be written; or, where we are not to wait, another process has it.
         """
+        busy = StorageError("another process has the list of this machine's ledgers", where=str(self.path))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise storage_error(error, self.path) from error
-        with held(self.path.with_suffix(".lock")):
+        with held(self.path.with_suffix(".lock"), busy=None if wait else busy):
             yield
 
     def _write(self, rows: list[Known]) -> None:
@@ -139,9 +145,9 @@ class Registry:
 
 def _state_home() -> Path:
     """The user's own folder for such files (XDG base directories), also where HOME is not set."""
-    given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if given.is_absolute():
-        return given
+    given = os.path.expanduser(os.environ.get("XDG_STATE_HOME", ""))
+    if os.path.isabs(given):
+        return Path(given)
     try:
         home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
     except KeyError as error:

@@ -7,8 +7,9 @@ carries bytes to this socket and back, so that it may be anything at all and sti
 releases (docs/adr/0009). Transport: gRPC over a Unix socket, one method, bytes in and bytes out.
 
 A request goes through in this order, and stops at the first no: its head is read; the study has to be approved here,
-with that very plan (a question to ledger and policy); a stored answer is sent again; only then are its arrays read, the
-images opened, and held against what was approved. So no refusal depends on a record.
+with that very plan (a question to ledger and policy); its arrays are read, the images opened and held against what was
+approved; a stored answer is sent again, or a stage makes one. So no refusal depends on more of the records than whether
+they are those that were approved.
 """
 
 from __future__ import annotations
@@ -66,24 +67,30 @@ class SiteService:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, str] | None = None  # the newest entry of the ledger after the last answer
+        self._listed: tuple[int, str] | None = None  # the newest that the machine's list knows
+        self._state: Path | None = None  # where the log is, also while the site file cannot be read
 
     def answer(self, data: bytes) -> bytes:
         """The bytes of a released reply, or of a readable refusal; never raises for what a request contains."""
         config, request = None, None
         try:
-            config = load_site_config(self.path)
             Site.forget_replaced(self.path)  # also where this request opens no image
+            config = load_site_config(self.path)
+            self._state = config.state
             if len(data) > config.performance.max_message_mb << 20:
                 raise ReplyError(f"a request of over {config.performance.max_message_mb} MiB", where="request")
             request, rest = decode_request(data)
             with closing(config.ledger()) as ledger:
                 self._require_same(config, ledger)
+                gate = self._gate(config, ledger, request, identity(data))
                 try:
-                    return self._released(config, ledger, request, rest, identity(data)).data
+                    released = self._released(gate, request, rest)
                 finally:
                     self._note(config, ledger)
+                with gate.still():  # last of all: beside a sealed answer a site may have worked for hours
+                    return released.data
         except Exception as error:  # the text of an exception may speak of records: only known, clean texts go out
-            _log(config, error)
+            self._log(error)
             return self._refusal(config, request, error)
 
     def _require_same(self, config: SiteConfig, ledger: Ledger) -> None:
@@ -96,27 +103,24 @@ class SiteService:
 
     def _note(self, config: SiteConfig, ledger: Ledger) -> None:
         """Remember the newest entry, here and in the machine's list, so that an older backup shows."""
-        newest = ledger.head()
-        if newest == self._seen:
+        self._seen = ledger.head()
+        if self._seen == self._listed:
             return
-        self._seen = newest
         try:
             registry = Registry(config.registry)
-            with registry.locked():
+            with registry.locked(wait=False):  # it is only the second witness, and an answer waits
                 registry.place(config.name, ledger)
-        except StorageError as error:  # it is only the second witness
-            _log(config, error)
+            self._listed = self._seen
+        except StorageError as error:
+            self._log(error)
 
-    def _released(self, config: SiteConfig, ledger: Ledger, request: Request, rest: bytes, number: str) -> Released:
-        study, gate = request.agreement.study, self._gate(config, ledger, request, number)
+    def _released(self, gate: Gate, request: Request, rest: bytes) -> Released:
+        study, ledger = request.agreement.study, gate.ledger
         try:
             approval = gate.admit()
-            stored = gate.stored()
-            if stored is not None:
-                return stored
             arrays = decode_arrays(rest, "request")
             site = Site.approved(self.path, study, ledger, approval)
-            return STAGES[request.stage](site, gate, request, arrays)
+            return gate.stored() or STAGES[request.stage](site, gate, request, arrays)
         except NotApproved:  # nobody's study: no entry, or thirty studies would make thirty
             raise
         except Refused as error:
@@ -149,8 +153,12 @@ class SiteService:
             facts = None if config is None else config.facts()
             spent = None if config is None or request is None else self._spent(config, request)
         except Exception as second:  # the first error is the one to tell
-            _log(config, second)
+            self._log(second)
         return encode(Answer(site=facts, spent=spent, body=body))
+
+    def _log(self, error: Exception) -> None:
+        if self._state is not None:
+            write_error(self._state, error)
 
     def _spent(self, config: SiteConfig, request: Request) -> Spent | None:
         """What the ledger holds of an approved study; None for any other."""
@@ -158,11 +166,6 @@ class SiteService:
             if ledger.approval(request.agreement.study.sha256) is None:
                 return None
             return self._gate(config, ledger, request, "").spent()
-
-
-def _log(config: SiteConfig | None, error: Exception) -> None:
-    if config is not None:
-        write_error(config.state, error)
 
 
 @contextmanager
@@ -203,7 +206,7 @@ class _Turns:
         """Wait for one's turn; a call that is given up meanwhile, or comes too late, ends here."""
         while context.is_active() and not self._over.is_set():
             if self._lock.acquire(timeout=_LOOK_SECONDS):
-                if not self._over.is_set():
+                if context.is_active() and not self._over.is_set():
                     return
                 self._lock.release()
         context.abort(grpc.StatusCode.UNAVAILABLE, "the site's process ends")
@@ -226,7 +229,7 @@ def _finish(listening: list[grpc.Server], turns: _Turns) -> None:
 
 
 def _listen(service: SiteService, socket: Path, turns: _Turns, largest_mb: int) -> grpc.Server:
-    """A server whose requests take turns; one that never comes to its end holds up one worker, not the rest."""
+    """A server whose requests take turns; one that is never sent to its end holds up one worker of sixteen."""
     limits = [("grpc.max_receive_message_length", (largest_mb << 20) + 1024), ("grpc.max_send_message_length", -1)]
     workers = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="site")
     server = grpc.server(workers, options=limits, maximum_concurrent_rpcs=_WORKERS)
@@ -251,10 +254,17 @@ def _listen(service: SiteService, socket: Path, turns: _Turns, largest_mb: int) 
     return server
 
 
-def exposed(config: SiteConfig) -> list[Path]:
-    """Files of the site that every user of the machine may read, the coordinator's code included."""
-    paths = [path for path in (getattr(config.data, "path", None),) if isinstance(path, Path) and path.exists()]
-    return [path for path in paths if path.stat().st_mode & 0o007 and path.parent.stat().st_mode & 0o007]
+def shortcomings(sites: Sequence[Path]) -> Iterator[str]:
+    """What stands in the way of an answer, or of its secrecy, as far as it can be seen before anybody asks."""
+    for config in map(load_site_config, sites):
+        path = getattr(config.data, "path", None)
+        if path is not None and not path.exists():
+            yield f"{path} is not there: {config.name} answers nobody until it is"
+        elif path is not None and path.stat().st_mode & 0o007 and path.parent.stat().st_mode & 0o007:
+            yield f"{path}: every user of this machine may read it, the coordinator's code included; chmod o-rwx"
+        with closing(config.ledger()) as ledger:
+            if not ledger.approvals():
+                yield f"{config.name} has approved no study, so nobody gets an answer"
 
 
 def _served(config: SiteConfig) -> DataError:

@@ -190,10 +190,13 @@ class _Kept:
         self._opened: dict[tuple[Path, str], tuple[object, Site]] = {}
 
     def forget_replaced(self, path: Path) -> object:
-        versions = _versions(path)
-        for known, (before, _) in list(self._opened.items()):
-            if known[0] == path and before != versions:
-                del self._opened[known]
+        versions: object = None  # a site file that cannot be read: nothing that was opened is of it
+        try:
+            versions = _versions(path)
+        finally:
+            for known, (before, _) in list(self._opened.items()):
+                if known[0] == path and before != versions:
+                    del self._opened[known]
         return versions
 
     def get(self, path: Path, study: Study) -> Site:

@@ -32,10 +32,11 @@ class Stopped(BaseException):
         self.number, self.advice = number, advice
 
 
-def run(app: typer.Typer, *, interrupted: str) -> None:
+def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
     """Run a command line.
 
     Args:
+        program: what it is called in messages.
         interrupted: what to say after Ctrl-C (exit code 130), SIGTERM (143) or SIGHUP (129).
 
     Raises:
@@ -48,7 +49,7 @@ def run(app: typer.Typer, *, interrupted: str) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=False)
+        app(prog_name=program, standalone_mode=False)
     except SynthwardError as error:
         _end(f"error: {error}", error.exit_code)
     except MemoryError:
@@ -66,7 +67,9 @@ def run(app: typer.Typer, *, interrupted: str) -> None:
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        _end(f"error: {show()}", 2)
+        context = getattr(error, "ctx", None)
+        help_line = f" See `{context.command_path} --help`." if context is not None else ""
+        _end(f"error: {show().rstrip('.')}.{help_line}", 2)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

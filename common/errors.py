@@ -57,7 +57,7 @@ class DataError(SynthwardError):
 
 
 class Refused(SynthwardError):
-    """A rule says no; `where` names the rule. Nothing was touched.
+    """A rule says no; `where` names the rule. Nothing leaves.
 
     Args:
         asked, allowed: the two values that do not fit, as text; empty where they would tell something about records.

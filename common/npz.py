@@ -30,6 +30,8 @@ from common.study import DataConfig
 
 _COPY_AGAIN = "Copy the file again and compare its checksum."
 
+_KEYS = {f"{part}_{what}" for part in ("train", "val", "test") for what in ("images", "labels", "groups")}
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[NpzFile]:
@@ -94,7 +96,8 @@ def _read_array(archive: NpzFile, key: str, path: Path) -> NDArray[Any]:
     where = f"{path}: {key}"
     if key not in archive.files:
         found = ", ".join(archive.files[:12]) or "nothing"
-        near = difflib.get_close_matches(key, archive.files, n=1, cutoff=0.6)
+        misspelt = [name for name in archive.files if name not in _KEYS]  # what is right is not to be renamed
+        near = difflib.get_close_matches(key, misspelt, n=1, cutoff=0.6)
         remedy = f"Rename '{near[0]}' to '{key}'?" if near else f"Add an array of the name '{key}'."
         raise DataError(f"missing; the file has {found}", where=where, remedy=remedy)
     try:

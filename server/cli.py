@@ -87,7 +87,9 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar=
     problems = verify_checksums(run_dir)
     if problems:
         raise CheckpointError(
-            "; ".join(problems), where=str(run_dir), remedy="Do not use this release; ask for it anew."
+            "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""),
+            where=str(run_dir),
+            remedy="Do not use this release; ask for it anew.",
         )
     print(f"{run_dir}: every released file is as it was written")
 
@@ -233,7 +235,7 @@ def _simulate(path: Path) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_command(app, interrupted="interrupted: nothing was begun")
+    run_command(app, program="synthward", interrupted="interrupted: nothing was begun")
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ class Session:
         federation = self.agreement.study.federation
         deadline = time.monotonic() + federation.timeout_seconds
         collected = collect(self.group, self.members, requests, body, screen, known=self.known)
-        while (
-            len(collected.accepted) < federation.min_sites <= len(collected.accepted) + len(collected.unreachable)
-            and time.monotonic() < deadline
-        ):
+        least = federation.min_sites
+        while len(collected.accepted) < least <= len(collected.accepted) + len(collected.unreachable):
+            left = deadline - time.monotonic() - _AGAIN_SECONDS
+            if left < _AGAIN_SECONDS:  # a question that nobody waits for could still be paid for
+                break
             for site in collected.unreachable.values():
-                left = deadline - time.monotonic()
-                self.progress.wait(step, f"waiting for {site}, {left:.0f} s at most: {collected.reasons[site]}")
-            time.sleep(min(_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
+                why = collected.reasons[site]
+                self.progress.wait(step, f"waiting for {site}, {left + _AGAIN_SECONDS:.0f} s at most: {why}")
+            time.sleep(_AGAIN_SECONDS)
             again = {node: requests[node] for node in collected.unreachable}
-            left = max(0.0, deadline - time.monotonic())
             collected = collect(self.group, self.members, again, body, screen,
                                 known=self.known, before=collected, seconds=left)  # fmt: skip
         return collected

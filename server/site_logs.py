@@ -8,6 +8,7 @@ At a hospital the coordinator reads only "the site's own log says why" (`client/
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +34,9 @@ class SiteLogs:
             now = _state(_log(site))
             if now == before:
                 continue
-            self._read[site] = now
-            for message in _messages(_added(_log(site), before, now)):
+            text, _, half = _added(_log(site), before, now).rpartition("\n")
+            self._read[site] = (now[0], now[1] - len(half.encode(errors="replace")))  # the rest when it is written
+            for message in _messages(text):
                 told = (site.stem, message)
                 if told not in self._said:
                     self._said.add(told)
@@ -48,8 +50,8 @@ def _log(site: Path) -> Path:
 def _state(log: Path) -> tuple[int, int]:
     """(number of the file, its bytes)."""
     with suppress(OSError):
-        found = log.stat()
-        return found.st_ino, found.st_size
+        found = log.lstat()
+        return (found.st_ino, found.st_size) if stat.S_ISREG(found.st_mode) else (0, 0)
     return 0, 0
 
 

@@ -119,10 +119,10 @@ MUTATIONS = (
     # gate
     _m("the loss is reserved after the records were touched", GATE_PY,
        "        numbers = self.ledger.reserve("
-       "*plans, request=self.request, approval=self.admitted.number, **self._bounds())\n"
+       "*plans, request=self.request, approval=self.admitted, **self._bounds())\n"
        "        yield Permit(self, plans, numbers)\n",
        "        yield Permit(self, plans, ())\n"
-       "        self.ledger.reserve(*plans, request=self.request, approval=self.admitted.number, **self._bounds())\n",
+       "        self.ledger.reserve(*plans, request=self.request, approval=self.admitted, **self._bounds())\n",
        GATE),
     _m("the loss is never reserved", GATE_PY, "self.ledger.reserve(*plans, request", "self.ledger.reserve(request",
        GATE),
@@ -141,8 +141,14 @@ MUTATIONS = (
        "            pass\n        self._gate.store.keep_answer(self._gate.request, data)\n        return", GATE),
     _m("an answer under way outlives its approval", "client/privacy/ledger.py",
        "            self._require_still(study, approval)\n            yield\n", "            yield\n", WITHDRAWAL),
-    _m("an answer under way outlives its images", GATE_PY, "        self._gate.images(self._gate.admitted)", "",
-       WITHDRAWAL),
+    _m("an answer under way outlives its images", GATE_PY,
+       "            self.images(self.admitted)\n            yield\n", "            yield\n", WITHDRAWAL),
+    _m("an answer waits unguarded once it is sealed", "client/service.py", "                with gate.still():",
+       "                if True:", WITHDRAWAL),
+    _m("an answer that may never have left is sent after a withdrawal", "client/privacy/ledger.py",
+       'entry.number in confirmed or entry.body.get("data") == approval.data', "True", WITHDRAWAL),
+    _m("other images are paid for", GATE_PY,
+       "        self.images(self.admitted)\n        plans", "        plans", WITHDRAWAL),
     _m("what was made of other images is used again", "client/privacy/store.py",
        "{approval.study[:16]}-{approval.data[:16]}", "{approval.study[:16]}",
        WITHDRAWAL),
@@ -165,11 +171,6 @@ MUTATIONS = (
     _m("a record may be in both partitions", "client/privacy/fingerprints.py", "return self.train & self.holdout",
        "return frozenset()", FINGERPRINTS, APPROVAL),
     # service: what is said, and when
-    _m("a revoked study gets its stored answer", "client/service.py",
-       "            approval = gate.admit()\n            stored = gate.stored()\n            if stored is not None:\n"
-       "                return stored\n",
-       "            stored = gate.stored()\n            if stored is not None:\n                return stored\n"
-       "            approval = gate.admit()\n", ENEMY),
     _m("images are opened before approval is asked for", "client/service.py", "            approval = gate.admit()\n",
        "            Site.open(self.path, study)\n            approval = gate.admit()\n", ENEMY),
     _m("other images than were approved are used", "client/site.py",
@@ -226,7 +227,7 @@ MUTATIONS = (
     _m("records of one batch share a place", "client/privacy/places.py",
        "turn = np.arange(records) - first[place[order]]", "turn = np.zeros(records, dtype=np.int64)", PLACES),
     _m("an approval may be replaced while a request runs", "client/privacy/ledger.py",
-       "if approval is not None and (now is None or now.number != approval):", "if False:", ENEMY),
+       "(now is None or (now.plan, now.data) != (approval.plan, approval.data))", "False", WITHDRAWAL),
     _m("a sum can be written over", BOUND, "return {name: part.clone() for name, part in self._parts.items()}",
        "return self._parts", BOUNDED),
     _m("approvals in force do not count", "client/approval.py", "for plan in promised.values() for loss in",

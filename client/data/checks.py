@@ -29,7 +29,6 @@ class SiteReport:
         holdout_counts: the same for the holdout.
         patients_train: number of patients in train, or None where patients are unknown.
         duplicates: holdout images of which an exact copy is in train.
-        constant_images: images in both partitions whose pixels all have one value.
         warnings: one line each; the study can go on.
     """
 
@@ -37,7 +36,6 @@ class SiteReport:
     holdout_counts: tuple[int, ...]
     patients_train: int | None
     duplicates: int
-    constant_images: int
     warnings: tuple[str, ...]
 
 
@@ -68,15 +66,13 @@ def check_splits(splits: Splits, schema: DataConfig, *, where: str, min_per_clas
             remedy=f"Put at least one patient with '{name}' in the holdout.",
         )
     duplicates = _count_duplicates(splits)
-    constant = _count_constant(splits.train) + _count_constant(splits.holdout)
     patients = splits.train.patients
     return SiteReport(
         train_counts=tuple(int(n) for n in train),
         holdout_counts=tuple(int(n) for n in holdout),
         patients_train=None if patients is None else len(np.unique(patients)),
         duplicates=duplicates,
-        constant_images=constant,
-        warnings=_warnings(train, schema, duplicates, constant),
+        warnings=_warnings(train, schema, duplicates),
     )
 
 
@@ -125,17 +121,12 @@ def _count_duplicates(splits: Splits) -> int:
     return sum(image.tobytes() in seen for image in splits.holdout.images)
 
 
-def _count_constant(images: ImageSet) -> int:
-    flat = images.images.reshape(len(images), -1)
-    return int((flat.min(axis=1) == flat.max(axis=1)).sum())
-
-
-def _warnings(train: NDArray[np.int64], schema: DataConfig, duplicates: int, constant: int) -> tuple[str, ...]:
+def _warnings(train: NDArray[np.int64], schema: DataConfig, duplicates: int) -> tuple[str, ...]:
     lines: list[str] = []
     if duplicates:
-        lines.append(f"{duplicates} holdout image(s) are also in train: figures on the holdout will look too good")
-    if constant:
-        lines.append(f"{constant} image(s) are one flat colour: look whether the export failed")
+        lines.append(
+            f"{duplicates} holdout image(s) are also in train: `approve` refuses that; leave each out of one of the two"
+        )
     most, fewest = int(train.argmax()), int(train.argmin())
     if train[most] > _IMBALANCE * train[fewest]:
         lines.append(

@@ -31,6 +31,7 @@ _EMPTY = 2.0  # grey levels of contrast, below which an image is one flat colour
 _MOST_EMPTY = 0.5  # share of such images that cannot be meant
 _SHARED_SHAPE = 0.35  # share of the thumbnails' energy in one pattern, from which on images of the other sign stand out
 _OPPOSITE = -0.35  # correlation with that pattern: below it an image is the negative of the others
+_NEARLY_ALL, _FEW = 0.9, 0.2
 _ALIKE = 0.999  # correlation of thumbnails that makes two images near copies
 _MOST_PAIRS = 200_000_000
 _AT_ONCE_BYTES = 4 << 20  # of the pixels that are looked at together
@@ -83,9 +84,9 @@ def look_at(splits: Splits, schema: DataConfig) -> Content:
         refused, warned = _spoilt(part, found, parts[part].labels, schema.classes)
         refusals += refused
         warnings += warned
-        _inverted(part, found.small, warnings)
         _repeated(part, found, warnings)
-    near = _near_copies(seen["train"].small, seen["holdout"].small)
+    _inverted(seen, {part: images.labels for part, images in parts.items()}, schema.classes, warnings)
+    near = int(_like(seen["holdout"].small, seen["train"].small).sum())
     if near:
         warnings.append(f"{near} holdout image(s) look like copies of train ones: are patients in both parts?")
     apart = abs(float(seen["train"].brightness.mean() - seen["holdout"].brightness.mean()))
@@ -102,7 +103,7 @@ class _Seen:
         brightness, contrast, darkest, brightest: (N,), over all pixels and channels.
         used: (N, 32), which of 256 values its pixels have, a bit each.
         small: thumbnails (N, T).
-        copies: images that are exact copies of an earlier one.
+        repeated: (N,), whether it is an exact copy of an earlier one.
     """
 
     brightness: Floats
@@ -111,28 +112,31 @@ class _Seen:
     brightest: NDArray[np.uint8]
     used: NDArray[np.uint8]
     small: Floats
-    copies: int
+    repeated: NDArray[np.bool_]
 
     @classmethod
     def of(cls, images: NDArray[np.uint8]) -> _Seen:
         """Of images (N, C, S, S)."""
-        digests, blocks = set[bytes](), list[tuple[NDArray[Any], ...]]()
+        digests, repeated, blocks = set[bytes](), list[bool](), list[tuple[NDArray[Any], ...]]()
         many = max(1, _AT_ONCE_BYTES // max(1, images[:1].nbytes))
         for start in range(0, len(images), many):
             block = images[start : start + many]
             flat = block.reshape(len(block), -1)
             used = np.zeros((len(block), 256), bool)
             used[np.arange(len(block))[:, None], flat] = True
-            digests.update(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in block)
+            for image in block:
+                digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+                repeated.append(digest in digests)
+                digests.add(digest)
             blocks.append((flat.mean(axis=1), _contrast(block), flat.min(axis=1), flat.max(axis=1),
                            np.packbits(used, axis=1), _thumbnails(block)))  # fmt: skip
         columns = (np.concatenate(column) for column in zip(*blocks, strict=True))
-        return cls(*columns, copies=len(images) - len(digests))
+        return cls(*columns, repeated=np.array(repeated, bool))
 
     def of_class(self, mine: NDArray[np.bool_]) -> _Seen:
-        """The same of some images alone; copies are not counted anew."""
+        """The same of some images alone."""
         return _Seen(self.brightness[mine], self.contrast[mine], self.darkest[mine], self.brightest[mine],
-                     self.used[mine], self.small[mine], 0)  # fmt: skip
+                     self.used[mine], self.small[mine], self.repeated[mine])  # fmt: skip
 
 
 def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int = 64) -> bytes:
@@ -158,22 +162,21 @@ def _looks(part: str, name: str, seen: _Seen, mine: NDArray[np.bool_]) -> Looks:
 def _spoilt(part: str, seen: _Seen, labels: NDArray[np.int64], classes: Sequence[str]) -> tuple[list[str], list[str]]:
     """(refusals, warnings): what an export has lost, in a part, or in a class of it, since that may have come another
     way. What is said of the part is not said again of its classes."""
-    refusals, warnings = _export(part, seen)
-    if refusals:
-        return refusals, warnings
-    of_classes = [_export(f"{part}, class '{name}'", seen.of_class(labels == kind))
-                  for kind, name in enumerate(classes) if (labels == kind).any()]  # fmt: skip
-    refused = [line for lines, _ in of_classes for line in lines]
-    return refused, warnings or [line for _, lines in of_classes for line in lines]
-
-
-def _export(which: str, seen: _Seen) -> tuple[list[str], list[str]]:
-    """(refusals, warnings) of some images taken together."""
-    refusals, warnings = list[str](), list[str]()
-    _range(which, seen, refusals, warnings)
-    if not refusals:
-        _flat(which, seen, refusals, warnings)
-    return refusals, warnings
+    by_class = [(f"{part}, class '{name}'", seen.of_class(labels == kind))
+                for kind, name in enumerate(classes) if (labels == kind).any()]  # fmt: skip
+    warnings = list[str]()
+    for look in (_range, _flat):
+        refused, warned = list[str](), list[str]()
+        look(part, seen, refused, warned)
+        if not refused:
+            of_classes = list[str]()
+            for which, images in by_class:
+                look(which, images, refused, of_classes)
+            warned = warned or of_classes
+        warnings += warned
+        if refused:
+            return refused, warnings
+    return [], warnings
 
 
 def _flat(part: str, seen: _Seen, refusals: list[str], warnings: list[str]) -> None:
@@ -201,18 +204,38 @@ def _range(part: str, seen: _Seen, refusals: list[str], warnings: list[str]) -> 
         warnings.append(f"{part}: images hardly vary (mean contrast below {_FLAT:.0f} grey levels)")
 
 
-def _inverted(part: str, small: Floats, warnings: list[str]) -> None:
-    """Images that are the negative of the rest, where all share a pattern: of chests or eyes they do, of cells not."""
+def _inverted(
+    seen: dict[str, _Seen], labels: dict[str, NDArray[np.int64]], classes: Sequence[str], warnings: list[str]
+) -> None:
+    """Images that are the negative of most train ones, where all share a pattern: of chests or eyes they do, of cells
+    not. Of two halves that are each other's negatives nobody can say which one is wrong."""
+    small = seen["train"].small
     if len(small) < 8:
         return
     values, vectors = np.linalg.eigh(small.T @ small / len(small))
-    pattern = small @ vectors[:, -1]
     if values[-1] / max(float(values.sum()), 1e-12) < _SHARED_SHAPE:
         return
-    pattern *= 1.0 if (pattern > 0).sum() * 2 >= len(pattern) else -1.0
-    many = int((pattern < _OPPOSITE).sum())
-    if many:
-        warnings.append(f"{part}: {many} image(s) look like negatives of the others (MONOCHROME1 not inverted?)")
+    clear = False  # which way round the train images are
+    for part, found in seen.items():
+        along, by_train = found.small @ vectors[:, -1], clear
+        if not clear:
+            vectors *= 1.0 if (along > 0).sum() * 2 >= len(along) else -1.0
+        opposite = found.small @ vectors[:, -1] < _OPPOSITE
+        clear = clear or float(opposite.mean()) < _FEW
+        whole = [name for kind, name in enumerate(classes) if _is_whole(opposite, labels[part] == kind)]
+        if len(whole) == 1:
+            warnings.append(
+                f"{part}: class '{whole[0]}' and the others look like each other's negatives (MONOCHROME1?)"
+            )
+        elif opposite.any():
+            many, others = int(opposite.sum()), "the train ones" if by_train else "the others"
+            warnings.append(f"{part}: {many} image(s) look like negatives of {others} (MONOCHROME1 not inverted?)")
+
+
+def _is_whole(some: NDArray[np.bool_], mine: NDArray[np.bool_]) -> bool:
+    """Whether some images are, but for a few, one class."""
+    both = int((some & mine).sum())
+    return both > _NEARLY_ALL * max(1, int(mine.sum())) and both > _NEARLY_ALL * int(some.sum())
 
 
 def _contrast(images: NDArray[np.uint8]) -> Floats:
@@ -228,26 +251,31 @@ def _values(used: NDArray[np.uint8]) -> int:
 
 def _repeated(part: str, seen: _Seen, warnings: list[str]) -> None:
     """One picture several times: it counts each time, and a patient with many is protected less."""
-    if seen.copies:
-        warnings.append(f"{part}: {seen.copies} image(s) are exact copies of others in it")
-    near = _near_copies(seen.small, seen.small, same=True) - seen.copies
-    if near > 0:
+    if seen.repeated.any():
+        warnings.append(f"{part}: {seen.repeated.sum()} image(s) are exact copies of others in it")
+    near = int((_like(seen.small, seen.small, same=True) & ~seen.repeated[: _most(seen.small)]).sum())
+    if near:
         warnings.append(f"{part}: {near} more image(s) look like copies in it: one patient's? Then give *_groups")
 
 
-def _near_copies(train: Floats, holdout: Floats, *, same: bool = False) -> int:
-    """Holdout images with a train image of the same thumbnail, of as many as are compared in seconds.
+def _most(images: Floats) -> int:
+    """How many images are held against so many in seconds."""
+    return max(1, _MOST_PAIRS // max(1, len(images)))
+
+
+def _like(images: Floats, others: Floats, *, same: bool = False) -> NDArray[np.bool_]:
+    """Of the first `_most` of these images, (M,): whether one of the others has the same thumbnail.
 
     Args:
         same: the two are one set, and an image is held against those before it.
     """
-    few, found = holdout[: max(1, _MOST_PAIRS // max(1, len(train)))], 0
+    few, found = images[: _most(others)], list[NDArray[np.bool_]]()
     for start in range(0, len(few), 512):
-        block = few[start : start + 512] @ train.T  # a flat image's thumbnail is 0, and like no other
+        block = few[start : start + 512] @ others.T  # a flat image's thumbnail is 0, and like no other
         if same:
-            block *= np.arange(len(train)) < np.arange(start, start + len(block))[:, None]
-        found += int((block.max(axis=1, initial=0.0) > _ALIKE).sum())
-    return found
+            block *= np.arange(len(others)) < np.arange(start, start + len(block))[:, None]
+        found.append(block.max(axis=1, initial=0.0) > _ALIKE)
+    return np.concatenate(found) if found else np.zeros(0, bool)
 
 
 def _unusual(seen: _Seen) -> tuple[int, ...]:

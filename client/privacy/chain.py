@@ -35,13 +35,24 @@ from common.files import canonical_json, read_json, storage_error, write_json
 
 Kind = Literal["begun", "reserved", "confirmed", "refused", "approved", "revoked"]
 SQLITE, HEAD, KEY, REPLIES, LOG = "ledger.sqlite", "ledger.head", "ledger.key", "replies", "site.log"
+HALF = ".restore-"  # begins the name of a folder that a restore was about to put in place
 RESTORE = (
     "Until then nobody gets an answer. Restore the whole state folder (ledger.sqlite, ledger.head, ledger.key,"
     " replies) from one backup, then run synthward-site verify-ledger; see docs/site.md."
 )
 _FIRST_HASH = hashlib.sha256(b"synthward ledger").hexdigest()
 _VERSION = 3
-_TRACES = (SQLITE, f"{SQLITE}-wal", HEAD, KEY, f"{REPLIES}/*.reply", "adam-*.safetensors", "reference-*.safetensors")
+_WAIT_SECONDS, _LONG_SECONDS = 60, 900  # for another process that writes
+_TRACES = (
+    SQLITE,
+    f"{SQLITE}-wal",
+    HEAD,
+    KEY,
+    f"{REPLIES}/*.reply",
+    "adam-*.safetensors",
+    "reference-*.safetensors",
+    f"{HALF}*",
+)
 _TABLES = {
     "entries": "number INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, study TEXT NOT NULL,"
     " body TEXT NOT NULL, hash TEXT NOT NULL",
@@ -178,13 +189,17 @@ class Chain:
         return self.db.execute("SELECT train, holdout FROM fingerprints WHERE hash = ?", (digest,)).fetchone()
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self, *, patient: bool = False) -> Iterator[None]:
         """Hold the write lock; commit at the end, or undo everything.
+
+        Args:
+            patient: wait long for it, since what is written would be lost otherwise.
 
         Raises:
             StorageError: the file cannot be written, or the head file is not this ledger's.
         """
         try:
+            self.db.execute(f"PRAGMA busy_timeout={1000 * (_LONG_SECONDS if patient else _WAIT_SECONDS)}")
             self.db.execute("BEGIN IMMEDIATE")
             problem = self._head_problem()  # it may have been taken away since the ledger was opened
             if problem:
@@ -198,7 +213,7 @@ class Chain:
             self._rollback()
             raise StorageError(
                 f"the ledger cannot be written ({error})", where=str(self.state / SQLITE),
-                remedy="Free some space or end the other process; nothing was computed.",
+                remedy="Free some space or end the other process; what is reserved stays counted.",
             ) from error  # fmt: skip
         except BaseException:
             self._rollback()
@@ -288,7 +303,8 @@ class Chain:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """Of a file that is there: none is made."""
-    db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=rw", uri=True, timeout=60, isolation_level=None)
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=rw"
+    db = sqlite3.connect(uri, uri=True, timeout=_WAIT_SECONDS, isolation_level=None)
     db.execute("PRAGMA synchronous=FULL")
     return db
 
@@ -320,7 +336,7 @@ def _trace(state: Path) -> str:
 def _beside(state: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the stored answers and of the training states."""
     replies = frozenset(path.name for path in state.glob(_TRACES[4]))
-    return replies, frozenset(path.name for pattern in _TRACES[5:] for path in state.glob(pattern))
+    return replies, frozenset(path.name for pattern in _TRACES[5:7] for path in state.glob(pattern))
 
 
 def _no_ledger(state: Path) -> NoReturn:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,10 +82,13 @@ class Permit:
             total, noise_multiplier=plan.noise_multiplier, sensitivity=plan.sensitivity, source=self._gate.source
         )
 
-    def done(self) -> None:
-        """Confirm the spending; for a mechanism whose noisy result stays at the site for now."""
-        with self._gate.still_approved(*self._numbers):
-            pass
+    def confirming(self) -> contextlib.AbstractContextManager[None]:
+        """Confirm the spending after what is done inside; for a noisy result that stays at the site for now.
+
+        Raises:
+            NotApproved, DataError: as `seal`; nothing is done.
+        """
+        return self._gate.still(*self._numbers)
 
     def seal(self, body: Reply, noisy: Noisy) -> Released:
         """Encode the answer, store it under the request's identity, confirm the spending, and let it leave.
@@ -105,12 +107,11 @@ class Permit:
         """
         if type(noisy) is not Noisy:
             raise TypeError("only Noisy numbers can be sealed")
-        self._gate.images(self._gate.admitted)  # withdrawn meanwhile?
         spent = self._gate.spent()
         spent = spent.model_copy(update={"confirmed": spent.confirmed + len(self._numbers)})
         answer = Answer(site=self._gate.facts, spent=spent, body=body)
         data = encode(answer, {name: tensor.numpy() for name, tensor in noisy.tensors.items()})
-        with self._gate.still_approved(*self._numbers):
+        with self.confirming():
             self._gate.store.keep_answer(self._gate.request, data)
         return Released(data, key=_KEY)
 
@@ -124,10 +125,8 @@ class Gate:
         store: of the sealed answers.
     """
 
-    def __init__(
-        self, *, facts: SiteFacts, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger,
-        source: NoiseSource, images: Callable[[Approval], object], store: Store,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, facts: SiteFacts, agreement: Agreement, request: str, policy: SitePolicy, ledger: Ledger,
+                 source: NoiseSource, images: Callable[[Approval], object], store: Store) -> None:  # fmt: skip
         self.facts, self.agreement, self.request, self.policy = facts, agreement, request, policy
         self.ledger, self.source, self.images, self.store = ledger, source, images, store
         self._admitted: Approval | None = None  # under which the request was let in
@@ -164,17 +163,17 @@ class Gate:
         """
         return self._admitted or self.admit()
 
-    def still_approved(self, *reservations: int) -> contextlib.AbstractContextManager[None]:
-        """Do something while the approval cannot be taken back, then confirm the reservations.
+    @contextlib.contextmanager
+    def still(self, *reservations: int) -> Iterator[None]:
+        """Do something while the approval cannot be taken back, of the approved images, then confirm reservations.
 
         Raises:
-            NotApproved: it was taken back, or made anew.
+            NotApproved: it was taken back, or made anew of other images.
+            DataError: the images are not those of the approval any more.
         """
-        return self.ledger.confirming(*reservations, study=self.admitted.study, approval=self.admitted.number)
-
-    def kept(self, what: str) -> Path:
-        """Where the site keeps something that this study has made of these very images."""
-        return self.store.made_of(self.admitted, what)
+        with self.ledger.confirming(*reservations, study=self.admitted.study, approval=self.admitted):
+            self.images(self.admitted)
+            yield
 
     def stored(self) -> Released | None:
         """The answer that this very request has had before, if it had one; sending it again costs nothing.
@@ -182,7 +181,7 @@ class Gate:
         Raises:
             StorageError: the file is damaged.
         """
-        data = self.store.answer(self.request)
+        data = self.store.answer(self.request) if self.ledger.may_repeat(self.request, self.admitted) else None
         return None if data is None else Released(data, key=_KEY)
 
     def require_room(self, *names: str) -> None:
@@ -208,10 +207,12 @@ class Gate:
 
         Raises:
             NotApproved, PolicyRefusal, BudgetError: refused before any record is touched.
+            DataError: the images are not those of the approval any more.
         """
         agreed = self.admit().plan
+        self.images(self.admitted)
         plans = tuple(agreed[name] for name in names)
-        numbers = self.ledger.reserve(*plans, request=self.request, approval=self.admitted.number, **self._bounds())
+        numbers = self.ledger.reserve(*plans, request=self.request, approval=self.admitted, **self._bounds())
         yield Permit(self, plans, numbers)
 
     def spent(self) -> Spent:

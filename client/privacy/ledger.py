@@ -110,7 +110,7 @@ class Ledger:
 
     def reserve(
         self, *plans: MechanismPlan, study: str, request: str, study_ceiling: Ceiling, ceiling: Ceiling,
-        approval: int | None = None,
+        approval: Approval | None,
     ) -> tuple[int, ...]:  # fmt: skip
         """Write the loss of one request of each plan as spent, or refuse all.
 
@@ -119,8 +119,8 @@ class Ledger:
             request: the request's identity.
             study_ceiling: bounds this study's losses on each partition.
             ceiling: bounds the losses of all studies on each partition.
-            approval: number of the approval under which the request was let in; another one, or none, may have taken
-                its place meanwhile, with other images.
+            approval: under which the request was let in; another one, or none, may have taken its place meanwhile. None
+                asks for none.
 
         Returns:
             The reservations' numbers, to confirm.
@@ -136,9 +136,19 @@ class Ledger:
                 self._require(plan, study, study_ceiling, ceiling)
                 body = {"request": request, "mechanism": plan.name, "partition": plan.partition,
                         "noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate,
-                        "steps": plan.steps, "sensitivity": plan.sensitivity}  # fmt: skip
+                        "steps": plan.steps, "sensitivity": plan.sensitivity,
+                        "data": approval.data if approval is not None else ""}  # fmt: skip
                 numbers.append(self.chain.append("reserved", study, body).number)
         return tuple(numbers)
+
+    def may_repeat(self, request: str, approval: Approval) -> bool:
+        """Whether a stored answer may be sent: it was confirmed, or is of the very images of that approval.
+
+        One that was not may never have left: its process was killed, and somebody may have withdrawn since.
+        """
+        reserved = self.chain.entries("kind = 'reserved' AND json_extract(body, '$.request') = ?", request)
+        confirmed = {entry.body["reservation"] for entry in self.chain.entries("kind = 'confirmed'")}
+        return all(entry.number in confirmed or entry.body.get("data") == approval.data for entry in reserved)
 
     def require_room(self, *plans: MechanismPlan, study: str, study_ceiling: Ceiling, ceiling: Ceiling) -> None:
         """See that `reserve` would take each plan now; writes nothing.
@@ -150,7 +160,7 @@ class Ledger:
             self._require(plan, study, study_ceiling, ceiling)
 
     @contextmanager
-    def confirming(self, *reservations: int, study: str, approval: int | None) -> Iterator[None]:
+    def confirming(self, *reservations: int, study: str, approval: Approval | None) -> Iterator[None]:
         """Note that the reserved mechanisms have run to their end, after what is done inside; nobody revokes meanwhile.
 
         Args:
@@ -159,7 +169,7 @@ class Ledger:
         Raises:
             NotApproved: that approval is not in force any more; nothing is done or noted.
         """
-        with self.chain.exclusive():
+        with self.chain.exclusive(patient=True):  # an answer that is paid for would be lost
             self._require_still(study, approval)
             yield
             for number in reservations:
@@ -268,18 +278,14 @@ class Ledger:
         """(reserved, confirmed) requests of a study."""
         return self._count("reserved", study), self._count("confirmed", study)
 
-    def problems(self) -> list[str]:
-        """What shows that entries were changed, removed or inserted; empty when all is well."""
-        return self.chain.problems()
-
     def head(self) -> tuple[int, str]:
         """(number, hash) of the newest entry: whoever notes it down can later show that nothing before it changed."""
         return self.chain.head()
 
-    def _require_still(self, study: str, approval: int | None) -> None:
+    def _require_still(self, study: str, approval: Approval | None) -> None:
         now = self.approval(study)
-        if approval is not None and (now is None or now.number != approval):
-            raise NotApproved("the approval was taken back or made anew meanwhile", where="approval")
+        if approval is not None and (now is None or (now.plan, now.data) != (approval.plan, approval.data)):
+            raise NotApproved("the approval was taken back meanwhile, or made anew of other images", where="approval")
 
     def _require(self, plan: MechanismPlan, study: str, study_ceiling: Ceiling, ceiling: Ceiling) -> None:
         made = self._count("reserved", study, "json_extract(body, '$.mechanism') = ?", plan.name)

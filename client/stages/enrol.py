@@ -15,7 +15,7 @@ def enrol(site: Site, gate: Gate, request: EnrolRequest, _arrays: Arrays) -> Rel
     """Release the class counts; one unit adds 1 in all (a patient in shares), so their L2 sensitivity is 1.
 
     Raises:
-        NotApproved, PolicyRefusal, BudgetError: refused; no record was counted.
+        NotApproved, PolicyRefusal, BudgetError: refused; nothing leaves.
     """
     with gate.spend("counts") as permit:
         counts = class_counts(site.train, len(request.agreement.study.data.classes))

@@ -24,7 +24,7 @@ def features(site: Site, gate: Gate, request: FeaturesRequest, arrays: Arrays) -
     """Release class sums of feature vectors and of their products.
 
     Raises:
-        NotApproved, PolicyRefusal, BudgetError: refused; no image was read.
+        NotApproved, PolicyRefusal, BudgetError: refused; nothing leaves.
         ReplyError: the directions do not fit the study.
     """
     study = request.agreement.study

@@ -19,7 +19,7 @@ def moments(site: Site, gate: Gate, request: MomentsRequest, _arrays: Arrays) ->
     """Release class sums, then squares about the means that those noisy sums give: two parts of one release.
 
     Raises:
-        NotApproved, PolicyRefusal, BudgetError: refused; no image was read.
+        NotApproved, PolicyRefusal, BudgetError: refused; nothing leaves.
         ReplyError: the counts in the request are no counts.
     """
     study = request.agreement.study

@@ -30,7 +30,7 @@ def train(site: Site, gate: Gate, request: TrainRequest, arrays: Arrays) -> Rele
     """Run the plan's steps and release what they give.
 
     Raises:
-        NotApproved, PolicyRefusal, BudgetError: refused; no record was touched.
+        NotApproved, PolicyRefusal, BudgetError: refused; nothing leaves.
         ReplyError: the server's weights do not fit the study's model.
         StudyError: the network has no exact gradient per record on this machine.
     """
@@ -44,7 +44,7 @@ def train(site: Site, gate: Gate, request: TrainRequest, arrays: Arrays) -> Rele
         if study.training.algorithm == "fedsgd":
             noisy, local = step.noisy_sum(permit), None
         else:
-            noisy, local = _local_steps(gate.kept("adam"), study, model, step, permit)
+            noisy, local = _local_steps(gate.store.made_of(gate.admitted, "adam"), study, model, step, permit)
         released = permit.seal(TrainReply(round=request.round), noisy.float32())
     with site.logged("keeping the optimizer"):  # the answer is sealed: it leaves, whatever happens here
         if local is not None:

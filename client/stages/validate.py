@@ -29,7 +29,7 @@ def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -
     """Release noisy score histograms and confusion counts.
 
     Raises:
-        NotApproved, PolicyRefusal, BudgetError: refused; no record was touched.
+        NotApproved, PolicyRefusal, BudgetError: refused; nothing leaves.
         ReplyError: the classifier does not fit the study.
         StudyError: the study's backbone cannot be trained privately.
     """
@@ -54,7 +54,7 @@ def validate(site: Site, gate: Gate, request: ValidateRequest, arrays: Arrays) -
         released = permit.seal(ValidateReply(), permit.noisy("evaluate", sums))
     if site.config.own_reference:
         with site.logged("its own reference"):  # the answer is sealed: it leaves, whatever happens here
-            _write_own_reference(site, study, classifiers)
+            _write_own_reference(site, study, classifiers, gate)
     return released
 
 
@@ -68,7 +68,7 @@ def _sum(site: Site, study: Study, name: str, classifier: BiomarkerClassifier) -
     return score_sum(site.holdout, scores, study.validation.bins, name=name)
 
 
-def _write_own_reference(site: Site, study: Study, classifiers: dict[str, BiomarkerClassifier]) -> None:
+def _write_own_reference(site: Site, study: Study, classifiers: dict[str, BiomarkerClassifier], gate: Gate) -> None:
     """Exact figures beside those of a classifier trained without privacy: a file for this site's eyes only."""
     own = BiomarkerClassifier.fit(
         site.splits.train, classes=len(study.data.classes), channels=study.data.channels, config=study.validation,
@@ -81,4 +81,5 @@ def _write_own_reference(site: Site, study: Study, classifiers: dict[str, Biomar
         ).to_json()
         for name, c in {**classifiers, "trained on this site's real images, not private": own}.items()
     }
-    write_json(site.state / "for-this-site-only.json", report)
+    with gate.still():  # who withdrew meanwhile is not in it
+        write_json(site.state / "for-this-site-only.json", report)

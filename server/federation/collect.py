@@ -87,16 +87,18 @@ def collect(
         before: what the same question brought, where it is asked again of some; it is added to.
         seconds: how long is waited; None for the study's own.
     """
-    returned, collected = group.ask(requests, seconds=seconds), before or Collected()
-    for node in requests:
-        collected.reasons.pop(collected.unreachable.pop(node, ""), None)
+    returned, collected, known = group.ask(requests, seconds=seconds), before or Collected(), known or {}
+    called = {node: collected.unreachable.pop(node) for node in requests if node in collected.unreachable}
+    for label in called.values():
+        del collected.reasons[label]
+    left_out = dict[int, tuple[Answer | None, str]]()
     for node in sorted(requests):
         member, answer, spent = members.get(node), None, None
         try:
             if node not in returned.answers:
-                raise ReplyError(_silent(returned.failures[node], member), where="reply")
+                raise ReplyError(_silent({**returned.failures, **returned.hopeless}[node], member), where="reply")
             answer, rest = decode_answer(returned.answers[node])
-            _check_sender(answer, member, requests[node][0].agreement.study.privacy.epsilon)
+            _check_sender(node, answer, member, requests, known)
             spent = answer.spent
             if isinstance(answer.body, Unreachable):
                 raise ReplyError(_silent(answer.body.what, member), where="reply")
@@ -110,13 +112,16 @@ def collect(
             reason = _refused(answer.body)
         except ReplyError as error:
             reason, spent = error.what, None
-        label = _label(node, member, answer, collected, (known or {}).get(node))
-        collected.reasons[label] = _plain(reason)
+        left_out[node] = answer, _plain(reason)
+        _book(member, spent)
+    for node, (answer, reason) in left_out.items():  # now all are read: a name that another one bears is not believed
+        silent, label = node in returned.failures, _label(node, members.get(node), answer, collected, known.get(node))
+        label = called.get(node, label) if silent else label  # its carrier has said more of itself before
+        collected.reasons[label] = reason
         if answer is not None and _exhausted(answer.body):
             collected.exhausted.append(label)
-        if node in returned.failures or (answer is not None and _again(answer.body)):
+        if silent or (answer is not None and _again(answer.body)):
             collected.unreachable[node] = label
-        _book(member, spent)
     collected.accepted.sort(key=lambda accepted: accepted.node)
     return collected
 
@@ -130,11 +135,16 @@ def _silent(why: str, member: Member | None) -> str:
     return why if member is None else f"{why}; last heard of at {member.heard:%Y-%m-%d %H:%M:%S}"
 
 
-def _check_sender(answer: Answer, member: Member | None, ceiling: float) -> None:
+def _check_sender(
+    node: int, answer: Answer, member: Member | None, requests: Requests, known: Mapping[int, str]
+) -> None:
     """See that the answer is from the site that was asked, and that what it spent is possible."""
-    if answer.site is not None and member is not None and answer.site.name != member.name:
-        raise ReplyError(f"an answer from '{answer.site.name}'", where="reply")
-    spent = answer.spent
+    name = None if answer.site is None else answer.site.name
+    if name is not None and member is not None and name != member.name:
+        raise ReplyError(f"an answer from '{name}'", where="reply")
+    if name is not None and any(other != node and known.get(other) == name for other in requests):
+        raise ReplyError(f"calls itself '{name}', as another node's site did before", where="reply")
+    spent, ceiling = answer.spent, requests[node][0].agreement.study.privacy.epsilon
     if spent is not None and max(spent.train, spent.holdout) > ceiling:
         raise ReplyError("says that it spent more than the study may", where="reply")
 

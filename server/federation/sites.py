@@ -43,11 +43,13 @@ class Returned:
 
     Attributes:
         answers: by node, the answer's bytes, unread.
-        failures: by node, why there are none.
+        failures: by node, why there are none; another time there may be.
+        hopeless: by node, why there never will be.
     """
 
     answers: dict[int, bytes] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    hopeless: dict[int, str] = field(default_factory=dict)
 
 
 class SiteGroup:
@@ -96,12 +98,14 @@ class SiteGroup:
         seconds = self._timeout if seconds is None else seconds
         waiting, returned = dict[str, int](), Returned()
         for node, (request, arrays) in requests.items():
-            # One by one: Flower gives no id, or an empty one, for what it does not pass on.
-            number = next(iter(self._grid.push_messages([_message(node, request, arrays, seconds)])), "")
-            if number:
-                waiting[number] = node
+            # One by one: Flower gives no id for what is too large for it, and an empty one where the node is gone.
+            numbers = list(self._grid.push_messages([_message(node, request, arrays, seconds)]))
+            if not numbers:
+                returned.hopeless[node] = "Flower did not take the message: it is too large for it"
+            elif not numbers[0]:
+                returned.failures[node] = "Flower did not take the message: its SuperNode is gone"
             else:
-                returned.failures[node] = "Flower did not take the message: its SuperNode is gone, or it is too large"
+                waiting[numbers[0]] = node
         deadline = time.monotonic() + seconds
         while waiting and time.monotonic() < deadline:
             for reply in self._grid.pull_messages(list(waiting)):

@@ -57,6 +57,8 @@ def verify_checksums(folder: Path) -> list[str]:
             f"no finished release here (no {CHECKSUMS})", where=str(folder),
             remedy="Give the folder that was released, or finish the run.",
         ) from error  # fmt: skip
+    except NotADirectoryError as error:
+        raise CheckpointError("is a file", where=str(folder), remedy="Give the folder that was released.") from error
     except OSError as error:
         raise storage_error(error, sums) from error
     except UnicodeDecodeError as error:
@@ -64,7 +66,7 @@ def verify_checksums(folder: Path) -> list[str]:
     problems = [problem for digest, _, name in lines if (problem := _problem(folder, digest, name))]
     listed = {name for _, _, name in lines}
     extra = {p.relative_to(folder).as_posix() for p in (folder / "synthetic").rglob("*") if p.is_file()} - listed
-    return problems + [f"{name} is not listed" for name in sorted(extra)]
+    return problems + [f"{name} is not listed" for name in (*sorted(set(_RELEASED) - listed), *sorted(extra))]
 
 
 def _problem(folder: Path, digest: str, name: str) -> str:

@@ -297,7 +297,7 @@ def test_an_approval_that_is_replaced_while_a_request_runs_ends_the_request(tmp_
 
     monkeypatch.setitem(service_module.STAGES, "enrol", meanwhile)
     answer, _ = ask(path, EnrolRequest(agreement=agreement()))
-    assert answer.body.kind == "NotApproved"
+    assert answer.body.kind == "Unavailable"  # the images are not those of its approval
     with closing(load_site_config(path).ledger()) as ledger:
         assert ledger.counts(TINY.sha256) == (0, 0)
 

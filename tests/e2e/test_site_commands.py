@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import zipfile
@@ -62,7 +63,7 @@ def served(hospital):
     assert process.stdout.readline().startswith("ready: ")
     yield process, hospital / "s" / "site.sock"
     process.terminate()
-    assert process.communicate(timeout=60)[0] == "stopped\n"
+    assert process.communicate(timeout=60)[0].endswith("stopped\n")
     assert process.returncode == 0
 
 
@@ -156,7 +157,9 @@ def _error(arguments, monkeypatch, capsys):
      (("init", "site.toml", "new.toml", "--name", "x"), "one name and one file"),
      (("init", "site.toml"), "restore its state folder from backup"),
      (("check", "nowhere.toml", "--study", "study.toml"), "cannot read the site file"),
-     (("approve", "site.toml", "--study", "study.toml", "--by", " "), "no name. Give name and role"),
+     (("approve", "site.toml", "--study", "study.toml", "--by", " "), "fewer than two letters. Give name and role"),
+     (("backup", "site.toml"), "Missing option '--to'. See `synthward-site backup --help`"),
+     (("explain", "site.toml", "--study", "study.toml"), "No such option '--study'. See `synthward-site explain"),
      (("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A\udcff"), "cannot be printed"),
      (("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A\nB"), "cannot be printed"),
      (("approve", "site.toml", "--study", "images.toml", "--by", "Dr. A"), "policy.unit: the study protects"),
@@ -250,3 +253,33 @@ def _write_black_images(path, *, megabytes):
                     file.write(bytes(min(1 << 24, many * side * side - start)))
             with archive.open(f"{part}_labels.npy", "w") as file:
                 np.lib.format.write_array(file, (np.arange(many) % 2).astype(np.uint8)[:, None])
+
+
+def test_what_stands_in_the_way_of_an_answer_is_said_before_anybody_asks(hospital):
+    """Before: `serve` said "ready" without images or approvals, and `explain` "Approved" for images that are others."""
+    approve = ("approve", "site.toml", "--study", "study.toml", "--by", "Dr. A. Example")
+    assert "has approved no study" in _served_for_a_moment(hospital)
+    assert _site(*approve, cwd=hospital).returncode == 0
+    assert "warning" not in _served_for_a_moment(hospital)
+    write_npz(hospital / "other.npz", good_arrays(size=16, patients=True, seed=5))
+    (hospital / "other.npz").replace(hospital / "images.npz")
+    (hospital / "images.npz").chmod(0o600)
+    page = " ".join(_site("explain", "site.toml", "study.toml", cwd=hospital).stdout.split())
+    assert "That was for other images than are here now" in page
+    (hospital / "images.npz").unlink()
+    assert "is not there: hospital-a answers nobody until it is" in _served_for_a_moment(hospital)
+
+
+def _served_for_a_moment(hospital):
+    """What `serve` warns of; it is told to end by a closed terminal."""
+    (hospital / "images.npz").exists() and (hospital / "images.npz").chmod(0o600)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "client.cli", "serve", "site.toml", "--sockets", "s"], cwd=hospital, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready: ")
+    process.send_signal(signal.SIGHUP)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped" in out
+    return error

@@ -6,6 +6,7 @@ Two hospitals (`synthward-site serve`), their carriers (`flower-supernode`) and 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
@@ -103,19 +104,20 @@ def parties():
 
 def _hospital(parties: _Parties, name: str, seed: int) -> tuple[Path, Path]:
     """(home, socket) of a hospital that has approved the study and serves its images."""
-    home, sockets = parties.home(name, SITE), parties.folder / f"sockets-{name}"
+    uid = SITE + 100 * seed
+    home, sockets = parties.home(name, uid), parties.folder / f"sockets-{name}"
     sockets.mkdir()
-    os.chown(sockets, SITE, SHARED)
+    os.chown(sockets, uid, SHARED + 100 * seed)
     sockets.chmod(0o2710)
     write_npz(home / "images.npz", good_arrays(size=16, patients=True, seed=seed))
     (home / "study.toml").write_text(tiny_toml(privacy={"unit": "patient"}))
     for path in home.iterdir():
-        os.chown(path, SITE, SITE)
+        os.chown(path, uid, uid)
     site = home / "site.toml"
-    parties.run(SITE, home, "-m", "client.cli", "init", site, "--name", name, "--data", "images.npz")
+    parties.run(uid, home, "-m", "client.cli", "init", site, "--name", name, "--data", "images.npz")
     site.write_text(site.read_text().replace("min_units = 50", "min_units = 5"))
-    parties.run(SITE, home, "-m", "client.cli", "approve", site, "--study", "study.toml", "--by", "Dr. A. Example")
-    log = parties.keep_running(SITE, home, "-m", "client.cli", "serve", site, "--sockets", sockets)
+    parties.run(uid, home, "-m", "client.cli", "approve", site, "--study", "study.toml", "--by", "Dr. A. Example")
+    log = parties.keep_running(uid, home, "-m", "client.cli", "serve", site, "--sockets", sockets)
     _wait("serve did not begin", [log], until=lambda: "ready" in log.read_text())
     return home, sockets / "site.sock"
 
@@ -135,7 +137,7 @@ def _bundle(home: Path) -> Path:
 
 def test_three_users_run_a_study_over_flowers_own_processes(parties):
     hospitals = [_hospital(parties, name, seed) for seed, name in enumerate(HOSPITALS)]
-    coordinator, carrier = parties.home("coordinator", COORDINATOR), parties.home("carrier", CARRIER)
+    coordinator = parties.home("coordinator", COORDINATOR)
     port = _free_port()
     logs = [parties.keep_running(
         COORDINATOR, coordinator, parties.bin / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port,
@@ -143,11 +145,13 @@ def test_three_users_run_a_study_over_flowers_own_processes(parties):
         "--disable-runtime-dependency-installation",
     )]  # fmt: skip
     _wait("the SuperLink did not begin", logs, until=lambda: _listens(port))
-    for name, (_, path) in zip(HOSPITALS, hospitals, strict=True):
+    for number, (name, (_, path)) in enumerate(zip(HOSPITALS, hospitals, strict=True)):
+        carrier = parties.home(f"carrier-{name}", CARRIER + 100 * number)
         logs.append(parties.keep_running(
-            CARRIER, carrier, parties.bin / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+            CARRIER + 100 * number, carrier, parties.bin / "flower-supernode", "--insecure",
+            "--superlink", f"127.0.0.1:{port}",
             "--host", "127.0.0.1", "--node-config", f'site="{path}" name="{name}"', "--port", _free_port(),
-            groups=(SHARED,),
+            groups=(SHARED + 100 * number,),
         ))  # fmt: skip
     (coordinator / "study.toml").write_text(tiny_toml(privacy={"unit": "patient"}))
     (coordinator / ".flwr").mkdir(exist_ok=True)
@@ -163,13 +167,26 @@ def test_three_users_run_a_study_over_flowers_own_processes(parties):
     (run,) = runs.iterdir()
     assert "as it was written" in parties.run(COORDINATOR, coordinator, "-m", "server.cli", "verify", run)
     assert owners(runs) == {COORDINATOR}
-    for name, (home, _) in zip(HOSPITALS, hospitals, strict=True):
-        assert owners(home) == {SITE}
+    users = {home: uid for home in parties.folder.iterdir() if home.is_dir() and (uid := home.stat().st_uid) > SITE - 1}
+    for number, (name, (home, _)) in enumerate(zip(HOSPITALS, hospitals, strict=True)):
+        assert owners(home) == {SITE + 100 * number}
         assert name in (run / "privacy.json").read_text()
-        assert "unbroken" in parties.run(SITE, home, "-m", "client.cli", "verify-ledger", home / "site.toml")
-        for other in (CARRIER, COORDINATOR):
-            look = start(other, "-c", "import os, sys; os.listdir(sys.argv[1])", home, env=parties.env(home), cwd="/")
-            assert look.wait(60) != 0
+        output = parties.run(SITE + 100 * number, home, "-m", "client.cli", "verify-ledger", home / "site.toml")
+        assert "unbroken" in output
+    assert len(set(users.values())) == 5
+    for theirs, other in itertools.product(users, set(users.values())):
+        if users[theirs] != other and not theirs.name.startswith("sockets"):
+            look = start(other, "-c", LOOK, theirs, env=parties.env(theirs), cwd="/")
+            assert look.wait(60) == 13, (theirs, other)
+
+
+LOOK = """
+import os, sys
+try:
+    os.listdir(sys.argv[1])
+except PermissionError:
+    sys.exit(13)
+"""
 
 
 def _listens(port: int) -> bool:

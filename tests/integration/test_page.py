@@ -30,7 +30,9 @@ def site(tmp_path):
     opened = open_phantom_site(tmp_path, STUDY)
     with closing(Ledger.open(opened.state)) as ledger:
         counts = plan_study(STUDY)["counts"]
-        numbers = ledger.reserve(counts, study=STUDY.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE)
+        numbers = ledger.reserve(
+            counts, study=STUDY.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE, approval=None
+        )
         with ledger.confirming(*numbers, study=STUDY.sha256, approval=None):
             pass
         ledger.refused(STUDY, rule="<script>alert(1)</script>", what='"><img src=x onerror=alert(2)>')

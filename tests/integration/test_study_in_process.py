@@ -238,7 +238,7 @@ def test_a_site_whose_ceiling_is_reached_stops_by_itself_and_the_study_ends_clea
     wide = Ceiling(1e3, 1e-5, "rdp")
     train = plan["train"]
     earlier = train.model_copy(update={"steps": train.steps * 2, "releases": 1, "sensitivity": 0.3})
-    ledger.reserve(earlier, study="an earlier study", request="r", study_ceiling=wide, ceiling=wide)
+    ledger.reserve(earlier, study="an earlier study", request="r", study_ceiling=wide, ceiling=wide, approval=None)
     ledger.close()
     run.go()
     rows = run.folder.last_checkpoint().rows

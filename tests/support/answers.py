@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import ReplyError
 from common.protocol import Answer, Arrays, EnrolReply, Reply, SiteFacts, Spent, encode
 from server.federation.members import Member
 from server.federation.sites import Requests, Returned, SiteGroup
@@ -22,7 +23,10 @@ _MAGIC = b"SYNW2\n"
 class ScriptedSites:
     """Stands for a `SiteGroup`: each node gives the bytes, or the failure, that a test has written down."""
 
-    def __init__(self, by_node: Mapping[int, bytes | str] | Callable[[Requests], Mapping[int, bytes | str]]) -> None:
+    def __init__(
+        self,
+        by_node: Mapping[int, bytes | str | ReplyError] | Callable[[Requests], Mapping[int, bytes | str | ReplyError]],
+    ) -> None:
         self._by_node = by_node
         self.asked: list[Requests] = []
         self.seconds: list[float | None] = []
@@ -33,7 +37,9 @@ class ScriptedSites:
         given = self._by_node(requests) if callable(self._by_node) else self._by_node
         answers = {node: said for node, said in given.items() if isinstance(said, bytes)}
         failures = {node: said for node, said in given.items() if isinstance(said, str)}
-        return Returned(answers, failures | {n: "no answer" for n in requests if n not in given})
+        failures |= {n: "no answer" for n in requests if n not in given}
+        hopeless = {node: said.what for node, said in given.items() if isinstance(said, ReplyError)}
+        return Returned(answers, failures, hopeless)
 
     def wait_for(self, count: int, **_: Any) -> list[int]:
         return list(range(1, count + 1))

@@ -36,7 +36,7 @@ def ledger(tmp_path):
     ledger = Ledger.create(tmp_path / "state")
     ledger.approve(FIRST, WHOLE, DATA, by="Dr. A")
     for plan in (COUNTS, TRAIN, TRAIN, EVALUATE):
-        numbers = ledger.reserve(plan, study=FIRST.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE)
+        numbers = ledger.reserve(plan, study=FIRST.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE, approval=None)
         if plan is not EVALUATE:
             with ledger.confirming(*numbers, study=FIRST.sha256, approval=None):
                 pass
@@ -69,7 +69,7 @@ def test_the_figures_are_those_of_the_accountant_and_unfinished_answers_count(le
 
 def test_the_curve_grows_ends_at_the_whole_and_is_short(ledger):
     for _ in range(40):
-        ledger.reserve(TRAIN, study=FIRST.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE)
+        ledger.reserve(TRAIN, study=FIRST.sha256, request="r", study_ceiling=WIDE, ceiling=WIDE, approval=None)
     account = account_of("h", ledger, POLICY)
     assert len(account.curve) == account_module.MOST_POINTS
     values = [point.epsilon["train"] for point in account.curve]

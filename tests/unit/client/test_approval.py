@@ -59,7 +59,7 @@ def _spend(path, study, *mechanisms):
         plan = plan_study(study)
         for number, name in enumerate(mechanisms):
             ledger.reserve(plan[name], study=study.sha256, request=f"{study.sha256}{number}", study_ceiling=WIDE,
-                           ceiling=WIDE)  # fmt: skip
+                           ceiling=WIDE, approval=None)  # fmt: skip
 
 
 def _head(path):
@@ -199,6 +199,15 @@ def test_the_same_records_under_a_second_ledger_of_this_machine_are_refused(tmp_
     _approve(second)  # nothing was spent there, and nothing more can be
     with pytest.raises(PolicyRefusal, match="hospital-b"):
         _approve(first)
+
+
+def test_one_name_has_one_ledger_however_it_came_to_it(tmp_path):
+    """Before: `init` saw to it, and a name that was written into another site file later was taken without a word."""
+    first, second = _hospital(tmp_path / "a"), _hospital(tmp_path / "b", "hospital-b")
+    second.write_text(second.read_text().replace('name = "hospital-b"', 'name = "hospital-a"'))
+    with pytest.raises(StorageError, match="site hospital-a has another ledger at"):
+        _approve(second)
+    _approve(first)
 
 
 def test_while_a_second_ledger_of_the_machine_cannot_be_read_nothing_is_approved(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import stat
 import tarfile
 import threading
@@ -204,33 +206,59 @@ def _spoilt(file):
     return half
 
 
-def test_a_restore_that_was_killed_while_it_moved_files_leaves_nothing_that_is_taken_for_a_ledger(
-    path, tmp_path, monkeypatch
-):
-    file = tmp_path / "backup.tar"
-    _back_up(path, file)
-    moved, rename = list[str](), Path.rename
-    with tarfile.open(file) as tar:
-        files = {name.partition("/")[0] for name in tar.getnames()} - {"backup.json"}
-    for last in range(len(files)):
-        state = tmp_path / f"state-{last}"
-        state.mkdir()
-        moved.clear()
+def _killed_while_it_moves(file, state, after):
+    """In a child that dies as a killed process does: nothing of it runs any more."""
+    child = os.fork()
+    if child == 0:
+        rename, moved = Path.rename, list[Path]()
 
-        def stopped(source, target, last=last):
-            if len(moved) == last:
-                raise KeyboardInterrupt
-            moved.append(source.name)
+        def stopped(source, target):
+            if len(moved) == after:
+                os._exit(9)
+            moved.append(source)
             return rename(source, target)
 
-        monkeypatch.setattr(Path, "rename", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            restore(file, state, accept=lambda _: None)
-        monkeypatch.undo()
-        assert "ledger.sqlite" not in moved
+        Path.rename = stopped
+        restore(file, state, accept=lambda _: None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_restore_that_was_killed_while_it_moved_files_leaves_nothing_that_is_taken_for_a_ledger(path, tmp_path):
+    file = tmp_path / "backup.tar"
+    number, _ = _back_up(path, file)
+    with tarfile.open(file) as tar:
+        files = {name.partition("/")[0] for name in tar.getnames()} - {"backup.json"}
+    for after in range(len(files)):
+        state = tmp_path / f"state-{after}"
+        state.mkdir()
+        _killed_while_it_moves(file, state, after)
         with pytest.raises(StorageError):
             Ledger.open(state)
-        if moved:
+        with pytest.raises(StorageError):  # nor does a new one begin beside it
+            Ledger.create(state)
+        if after:
             with pytest.raises(StorageError, match="not empty"):
                 restore(file, state, accept=lambda _: None)
-    assert len(moved) == len(files) - 1 >= 2
+        else:
+            assert restore(file, state, accept=lambda _: None).number == number
+    assert len(files) >= 3
+
+
+def test_an_error_while_files_are_moved_leaves_nothing_behind_and_a_new_disk_is_empty(path, tmp_path, monkeypatch):
+    file, state = tmp_path / "backup.tar", tmp_path / "state"
+    number, _ = _back_up(path, file)
+    (state / "lost+found").mkdir(parents=True)
+    rename = Path.rename
+
+    def fails(source, target):
+        if source.name == "ledger.sqlite":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        restore(file, state, accept=lambda _: None)
+    monkeypatch.undo()
+    assert [p.name for p in state.iterdir()] == ["lost+found"]
+    assert restore(file, state, accept=lambda _: None).number == number

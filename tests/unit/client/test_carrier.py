@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from threading import Event, Thread
+
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.app as carrier
+import client.service as service_module
 from client.service import serving
 from client.site import Site
 from common.protocol import EnrolReply, EnrolRequest, Unreachable, decode_answer, encode
@@ -60,3 +63,26 @@ def test_a_request_over_the_sites_limit_is_told_as_such_and_not_to_be_asked_agai
         body = _relayed(to_record(large), site=str(socket), name="hospital-b")
         assert isinstance(body, Unreachable) and not body.again and "max_message_mb" in body.what
         assert isinstance(_relayed(to_record(encode(REQUEST)), site=str(socket)), EnrolReply)
+
+
+def test_a_site_that_is_busy_is_not_told_as_a_request_that_is_too_large(tmp_path, monkeypatch):
+    """Before: gRPC has one code for both, and the site was given up at once."""
+    monkeypatch.setattr(service_module, "_WORKERS", 1)
+    site = make_npz_site(tmp_path)
+    approve(Site.open(site, tiny_study()), tiny_study())
+    begun, go_on = Event(), Event()
+
+    def slow(*_):
+        begun.set()
+        assert go_on.wait(60)
+        raise MemoryError
+
+    monkeypatch.setitem(service_module.STAGES, "enrol", slow)
+    with serving([site], tmp_path / "s") as (socket,):
+        first = Thread(target=_relayed, args=(to_record(encode(REQUEST)),), kwargs={"site": str(socket)})
+        first.start()
+        assert begun.wait(60)
+        body = _relayed(to_record(encode(REQUEST)), site=str(socket))
+        go_on.set()
+        first.join()
+    assert isinstance(body, Unreachable) and body.again and "RESOURCE_EXHAUSTED" in body.what

@@ -22,7 +22,7 @@ GOOD = [0, 1, 0, 1, 0, 1]
 def test_a_good_site_gets_exact_counts_and_no_warning() -> None:
     report = check_splits(splits_of([0, 0, 0, 1, 1], [0, 1, 1]), schema_of(), where="site.npz")
     assert report.train_counts == (3, 2) and report.holdout_counts == (1, 2)
-    assert (report.duplicates, report.constant_images, report.patients_train, report.warnings) == (0, 0, None, ())
+    assert (report.duplicates, report.patients_train, report.warnings) == (0, None, ())
 
 
 def test_patients_are_counted_where_known() -> None:
@@ -69,14 +69,6 @@ def test_copies_across_partitions_are_counted_and_only_warned_about() -> None:
     copied = Splits(splits.train, ImageSet(images, splits.holdout.labels), False)
     report = check_splits(copied, schema_of(), where="s")
     assert report.duplicates == 2 and "2 holdout image(s)" in report.warnings[0] and len(report.warnings) == 1
-
-
-def test_flat_images_are_counted_and_only_warned_about() -> None:
-    splits = splits_of(GOOD, [0, 1])
-    images = splits.train.images.copy()
-    images[1], images[4] = 0, 77
-    report = check_splits(Splits(ImageSet(images, splits.train.labels), splits.holdout, False), schema_of(), where="s")
-    assert report.constant_images == 2 and "flat" in report.warnings[0] and len(report.warnings) == 1
 
 
 def test_strong_imbalance_is_warned_about_and_mild_is_not() -> None:

@@ -156,3 +156,32 @@ def test_one_colour_is_flat_though_its_channels_differ():
         ImageSet(coloured["holdout"], PHANTOMS.holdout.labels, PHANTOMS.holdout.patients), phantom=True,
     )  # fmt: skip
     assert "train: 9 image(s) are one flat colour, or almost" in look_at(splits, schema).warnings
+
+
+def test_one_finding_hides_no_other():
+    """Before: one flat image hid a class of few values, and black copies hid near copies."""
+    mine = np.flatnonzero(PHANTOMS.train.labels == 1)
+    other = np.flatnonzero(PHANTOMS.train.labels == 0)
+    noise = np.random.default_rng(0).integers(-2, 3, (5, 1, 32, 32))
+
+    def spoil(x):
+        x[mine] = x[mine] // 32 * 32
+        x[other[:6]] = 0
+        x[other[-5:]] = np.clip(x[other[10:15]].astype(int) + noise, 0, 255)
+        return x
+
+    warnings = look_at(_changed(spoil), SCHEMA).warnings
+    for words in ("train: 6 image(s) are one flat colour", f"{CLASS}all pixels", "train: 5 image(s) are exact copies",
+                  "train: 5 more image(s) look like copies in it"):  # fmt: skip
+        assert any(line.startswith(words) for line in warnings), (words, warnings)
+
+
+def test_a_holdout_of_negatives_and_a_class_of_negatives_are_named():
+    """Before: a part was compared with itself alone, and the smaller class was blamed for the larger one's export."""
+    warnings = look_at(_changed(lambda x: 255 - x, part="holdout"), SCHEMA).warnings
+    (line,) = [line for line in warnings if "negatives" in line]
+    many = len(PHANTOMS.holdout)
+    assert line.startswith("holdout: ") and "look like negatives of the train ones" in line
+    assert int(line.split()[1]) > 0.9 * many
+    warnings = look_at(_changed(_of_class(lambda x: 255 - x)), SCHEMA).warnings
+    assert any(line.startswith("train: class '") and "each other's negatives" in line for line in warnings), warnings

@@ -34,7 +34,9 @@ FIRST, SECOND = tiny_study(), tiny_study(study={"name": "second"})
 
 
 def _reserve(ledger, plan=PLAN, study="s", request="r", study_ceiling=WIDE, ceiling=WIDE):
-    return ledger.reserve(plan, study=study, request=request, study_ceiling=study_ceiling, ceiling=ceiling)
+    return ledger.reserve(
+        plan, study=study, request=request, study_ceiling=study_ceiling, ceiling=ceiling, approval=None
+    )
 
 
 @pytest.fixture

@@ -240,3 +240,12 @@ def test_three_shards_of_a_real_file_keep_every_class(name: str, size: int, chan
         splits = open_source(config, schema, modality="radiology")
         assert np.bincount(splits.train.labels, minlength=classes).min() >= 20
         assert np.bincount(splits.holdout.labels, minlength=classes).min() >= 1
+
+
+def test_no_remedy_makes_labels_of_images(tmp_path: Path) -> None:
+    """Before: "Rename 'test_labels' to 'test_images'?"."""
+    arrays = good_arrays()
+    del arrays["test_images"]
+    with pytest.raises(DataError) as caught:
+        load(write_npz(tmp_path / "a.npz", arrays))
+    assert caught.value.remedy == "Add an array of the name 'test_images'."

@@ -151,8 +151,8 @@ def test_what_can_never_be_answered_is_not_asked_again():
 def test_a_site_of_an_earlier_process_is_called_by_its_name_then():
     requests = {node: (REQUEST, {}) for node in (1, 2, 3)}
     sites = ScriptedSites({1: answer(1), 2: "no answer", 3: "no answer"}).group
-    found = collect(sites, {}, requests, EnrolReply, _screen, known={2: "hospital-b", 3: "site-1"})
-    assert list(found.reasons) == ["hospital-b (node 2, as it was known before)", "node 3"]  # site-1 is another one now
+    found = collect(sites, {}, requests, EnrolReply, _screen, known={2: "hospital-b"})
+    assert list(found.reasons) == ["hospital-b (node 2, as it was known before)", "node 3"]
 
 
 def test_an_answer_to_another_question_is_dropped():
@@ -331,3 +331,22 @@ def test_a_value_that_is_not_finite_is_named_by_its_array(value):
     arrays = {"counts": np.array([3.0, value])}
     with pytest.raises(ReplyError, match="'counts' has values that are not finite"):
         screen_arrays(arrays, expected={"counts": (2,)}, dtype="float64")
+
+
+def test_nobody_takes_the_name_of_another_node():
+    """Whatever the order of the nodes: of the one that had it before, or that bears it in the same step."""
+    requests = {node: (REQUEST, {}) for node in (5, 20)}
+    sites = ScriptedSites({5: answer(2), 20: answer(2)}).group
+    found = collect(sites, {}, requests, EnrolReply, _screen, known={20: "site-2"})
+    assert [(a.node, a.site.name) for a in found.accepted] == [(20, "site-2")]
+    assert "as another node's site did before" in found.reasons["node 5"]
+    liar = answer(2, REFUSAL, {})
+    found = collect(ScriptedSites({5: liar, 20: answer(2)}).group, {}, requests, EnrolReply, _screen)
+    assert [a.node for a in found.accepted] == [20]
+    assert list(found.reasons) == found.exhausted == ["node 5"]
+
+
+def test_what_flower_never_takes_is_not_asked_again():
+    found = collect(ScriptedSites({1: answer(1), 2: ReplyError("it is too large")}).group, {},
+                    {1: (REQUEST, {}), 2: (REQUEST, {})}, EnrolReply, _screen)  # fmt: skip
+    assert found.reasons == {"node 2": "it is too large"} and found.unreachable == {}

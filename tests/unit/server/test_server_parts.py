@@ -236,7 +236,11 @@ def test_verify_says_what_is_wrong(tmp_path):
     sums.write_text(f"{'0' * 64}  ../outside\n{'0' * 64}  gone\n{'0' * 64}  here\n\n")
     (tmp_path / "here").write_text("x")
     none = "SHA256SUMS has a line for no file of the release"
-    assert verify_checksums(tmp_path) == [none, "gone is missing", "here was changed", none]
+    problems = verify_checksums(tmp_path)
+    assert problems[:4] == [none, "gone is missing", "here was changed", none]
+    assert "report.html is not listed" in problems and "privacy.json is not listed" in problems
+    with pytest.raises(CheckpointError, match="Give the folder"):
+        verify_checksums(tmp_path / "here")
     sums.unlink()
     sums.mkdir()
     with pytest.raises(StorageError, match="SHA256SUMS"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import client.log as log_module
 from client.log import write_error, write_note  # the real writer
 from client.site import load_site_config
@@ -71,3 +73,31 @@ def test_what_is_written_while_the_log_is_begun_anew_is_not_lost(tmp_path, monke
     monkeypatch.setattr(log_module, "MOST_BYTES", 10)
     write_note(state, "first of the new one")
     assert [message.split()[0] for _, message in logs.news()] == ["last", "first"]
+
+
+def test_half_a_line_is_read_when_the_rest_is_written_and_no_terminal_takes_a_line_for_a_command(tmp_path):
+    site = make_site(tmp_path)
+    log = load_site_config(site).state / "site.log"
+    logs = SiteLogs([site])
+    with log.open("a") as file:
+        file.write("2026-01-02T03:04:05+00:00 DataError: the first h")
+        file.flush()
+        assert list(logs.news()) == []
+        file.write("alf\n")
+    assert [message for _, message in logs.news()] == ["the first half"]
+    write_error(log.parent, _raised(ValueError("\x1b]0;owned\x07 \udc80 \u202e")))
+    text = log.read_text()
+    assert "ValueError" in text and all(letter.isprintable() or letter == "\n" for letter in text)
+    assert len(list(logs.news())) == 1
+
+
+def test_a_log_that_is_no_file_holds_nobody_up(tmp_path):
+    site = make_site(tmp_path)
+    log = load_site_config(site).state / "site.log"
+    log.unlink()
+    os.mkfifo(log)
+    write_note(log.parent, "nobody reads it")
+    log.unlink()
+    log.symlink_to(tmp_path / "elsewhere")
+    write_note(log.parent, "nor there")
+    assert not (tmp_path / "elsewhere").exists()

@@ -14,7 +14,7 @@ from common.loss_curve import mean_loss, scale
 from common.metrics import vector_length
 from common.model.diffusion_model import initial_weights, load_model, space_of
 from common.model.weights import LARGEST_WEIGHT
-from common.protocol import EnrolReply, FeaturesReply, MomentsReply, Refusal, TrainReply, ValidateReply
+from common.protocol import EnrolReply, FeaturesReply, MomentsReply, Refusal, TrainReply, Unreachable, ValidateReply
 from server.checkpoints import RunFolder
 from server.federation.screening import LARGEST_COUNT
 from server.progress import Progress
@@ -298,14 +298,28 @@ def test_facts_of_the_test_are_those_of_its_members():
     assert member(2).facts == facts(2)
 
 
-def test_a_site_that_is_asked_again_gets_what_is_left_of_the_time_and_not_all_of_it_anew(tmp_path):
-    session, sites, _ = _session(tmp_path, FEDAVG, {1: answer(1), 2: "no answer"})
-    federation = session.agreement.study.federation
-    assert federation.min_sites == 2
+def test_a_site_that_is_asked_again_gets_what_is_left_of_the_time_and_keeps_its_name_and_reason(tmp_path, monkeypatch):
+    """Before: the last question had no time at all, was paid for by whoever was back, and left but a node's number."""
+    monkeypatch.setattr("server.session._AGAIN_SECONDS", 0.1)
+    body = Unreachable(carrier="hospital-b", what="its process does not answer (UNAVAILABLE)", again=True)
+    away = answer(2, body, {}, site=None, spent=None)
+    session, sites, out = _session(
+        tmp_path, FEDAVG, lambda _: {1: answer(1), 2: away} if len(sites.asked) == 1 else {1: answer(1)}
+    )
+    session.agreement.study.federation.__dict__["timeout_seconds"] = 0.6
+    assert session.agreement.study.federation.min_sites == 2
+    session.members.clear()
+    with pytest.raises(FederationError, match=r"hospital-b \(node 2, by its carrier\): no answer"):
+        enrol(session)
+    first, *again = sites.seconds
+    assert first is None and again and all(0.1 <= left <= 0.5 for left in again) and again == sorted(again)[::-1]
+    assert all(asked.keys() == {2} for asked in sites.asked[1:])
+    assert "its process does not answer (UNAVAILABLE)" in out.getvalue()
+
+
+def test_a_site_of_an_earlier_process_is_named_when_it_is_silent_after_a_resume(tmp_path):
+    session, _, _ = _session(tmp_path, FEDAVG, {1: answer(1), 2: "no answer"})
     session.folder.keep_result("enrol", {"hospital-b": {"node": 2, "phantoms": True, "random_source": "x"}})
     session.members.clear()
     with pytest.raises(FederationError, match=r"hospital-b \(node 2, as it was known before\): no answer"):
         enrol(session)
-    first, *again = sites.seconds
-    assert first is None and again and all(left <= federation.timeout_seconds for left in again)
-    assert sites.asked[1].keys() == {2}
