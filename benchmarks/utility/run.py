@@ -174,4 +174,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(app, program="benchmarks.utility.run", interrupted="interrupted: the same command goes on where it stopped")
+    going_on = "interrupted: the same command goes on where it stopped"
+    run_command(app, program="benchmarks.utility.run", interrupted=going_on)
