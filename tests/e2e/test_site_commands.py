@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import zipfile
@@ -271,7 +270,7 @@ def test_what_stands_in_the_way_of_an_answer_is_said_before_anybody_asks(hospita
 
 
 def _served_for_a_moment(hospital):
-    """What `serve` warns of; it is told to end by a closed terminal."""
+    """What `serve` warns of; it is told to end."""
     (hospital / "images.npz").exists() and (hospital / "images.npz").chmod(0o600)
     process = subprocess.Popen(
         [sys.executable, "-m", "client.cli", "serve", "site.toml", "--sockets", "s"], cwd=hospital, text=True,
@@ -279,7 +278,7 @@ def _served_for_a_moment(hospital):
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready: ")
-    process.send_signal(signal.SIGHUP)
+    process.terminate()
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped" in out
     return error
