@@ -10,6 +10,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+import client.service as service_module
 from client.privacy.chain import Chain
 from client.privacy.gate import Permit
 from client.privacy.ledger import Ledger
@@ -295,3 +296,17 @@ def test_a_site_file_that_cannot_be_read_frees_the_images_and_is_logged(site):
         "not valid TOML" in (site.with_suffix("") / "site.log").read_text()
         or "TOML" in (site.with_suffix("") / "site.log").read_text()
     )
+
+
+def test_a_withdrawal_before_anything_was_computed_costs_nothing(site, monkeypatch):
+    enrol = service_module.STAGES["enrol"]
+
+    def later(*arguments):
+        _withdraw(site)
+        return enrol(*arguments)
+
+    monkeypatch.setitem(service_module.STAGES, "enrol", later)
+    answer, _ = ask(site, ENROL)
+    assert isinstance(answer.body, Refusal) and answer.body.kind == "Unavailable"
+    with closing(Ledger.open(site.with_suffix(""))) as ledger:
+        assert ledger.counts(STUDY.sha256) == (0, 0)
