@@ -211,6 +211,8 @@ def _machine(run: Path) -> Iterator[_Machine]:
     scratch = _scratch(run)
     try:
         variables = {"SYNTHWARD_RUN": str(run), "SYNTHWARD_SOCKETS": str(scratch), "TMPDIR": str(scratch)}
+        if os.path.expanduser("~") in ("~", ""):  # Flower asks for a home, and this user has none
+            variables["HOME"] = str(scratch)
         yield _Machine(scratch, _python(scratch), environment() | variables)
     finally:
         _sweep(scratch)

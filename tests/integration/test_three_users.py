@@ -19,7 +19,7 @@ from common.protocol import EnrolReply, EnrolRequest, decode_answer, encode
 from common.sockets import address_of
 from support.datasets import good_arrays, write_npz
 from support.studies import agreement, tiny_study, tiny_toml
-from support.users import CARRIER, SHARED, SITE, environment, owners, start, why_not
+from support.users import CARRIER, COORDINATOR, SHARED, SITE, environment, owners, start, why_not
 
 STUDY = tiny_study(privacy={"unit": "patient"})
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -172,3 +172,18 @@ def test_a_restore_by_root_gives_the_folder_to_the_sites_user_or_says_why_not(ho
     assert owners(theirs) == {SITE}
     code, _, error = _site(SITE, "verify-ledger", "site.toml", env=packages, cwd=hospital)
     assert code == 0, error
+
+
+@pytest.mark.slow
+def test_a_run_needs_no_home(srv, packages):
+    """Nor an entry in /etc/passwd. Before: Flower's engine ended with "Could not determine home directory"."""
+    folder = srv / "coordinator"
+    folder.mkdir()
+    (folder / "tiny.toml").write_text(tiny_toml())
+    os.chown(folder, COORDINATOR, COORDINATOR)
+    env = {name: value for name, value in packages.items() if name != "HOME"}
+    command = ("-m", "server.cli", "run", "tiny.toml", "--out", "runs", "--set", "training.rounds=1")
+    run = start(COORDINATOR, *command, env=env, cwd=folder)
+    _, error = run.communicate(timeout=400)
+    assert run.returncode == 0, error.decode()
+    assert list(folder.glob("runs/*/report.html"))
