@@ -29,6 +29,12 @@ from support.studies import tiny_toml
 BEGUN = "train     1/"
 
 
+def _as_from_a_terminal():
+    """A shell's background job ignores SIGINT, and one under nohup SIGHUP; what they start would, too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class _Started:
     """`synthward run` of a tiny study with many rounds, under way in its first ones."""
 
@@ -42,7 +48,7 @@ class _Started:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+                preexec_fn=_as_from_a_terminal,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
             )  # fmt: skip
         deadline = time.monotonic() + 240
@@ -134,7 +140,7 @@ def test_a_terminal_that_is_closed_ends_it(tmp_path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: (_as_from_a_terminal(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "xterm"},
     )  # fmt: skip
     os.close(theirs)
