@@ -52,18 +52,31 @@ def _send(path, request):
         return decode_answer(channel.unary_unary(f"/{SERVICE}/{METHOD}")(encode(request), timeout=60))[0]
 
 
-@pytest.fixture
-def served(hospital):
+def _serve(hospital):
+    """`serve`, ready."""
     process = subprocess.Popen(
         [sys.executable, "-m", "client.cli", "serve", "site.toml", "--sockets", "s"], cwd=hospital, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(),
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready: ")
-    yield process, hospital / "s" / "site.sock"
+    return process
+
+
+def _end(process):
+    """End it as a supervisor does; its standard error."""
     process.terminate()
-    assert process.communicate(timeout=60)[0].endswith("stopped\n")
+    out, error = process.communicate(timeout=60)
+    assert out.endswith("stopped\n")
     assert process.returncode == 0
+    return error
+
+
+@pytest.fixture
+def served(hospital):
+    process = _serve(hospital)
+    yield process, hospital / "s" / "site.sock"
+    _end(process)
 
 
 def test_a_hospital_reads_approves_serves_looks_and_revokes(hospital, served):
@@ -270,15 +283,6 @@ def test_what_stands_in_the_way_of_an_answer_is_said_before_anybody_asks(hospita
 
 
 def _served_for_a_moment(hospital):
-    """What `serve` warns of; it is told to end."""
+    """What `serve` warns of."""
     (hospital / "images.npz").exists() and (hospital / "images.npz").chmod(0o600)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "client.cli", "serve", "site.toml", "--sockets", "s"], cwd=hospital, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(),
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready: ")
-    process.terminate()
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped" in out
-    return error
+    return _end(_serve(hospital))
