@@ -45,9 +45,9 @@ def back_up(ledger: Ledger, file: Path) -> tuple[int, str]:
     """
     if file.exists():
         raise StorageError("is there already", where=str(file), remedy="Give a new name for every backup.")
-    file.parent.mkdir(parents=True, exist_ok=True)
     state, half, sums = ledger.state, file.with_name(f".{file.name}.{secrets.token_hex(4)}"), dict[str, str]()
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with ledger.chain.exclusive():  # for this moment alone: whoever waits for it is answered late
             newest, database, head = ledger.head(), _copied(state / _SQLITE), (state / _HEAD).read_bytes()
             names = sorted(p.relative_to(state).as_posix() for p in state.rglob("*") if p.is_file())
