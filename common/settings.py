@@ -8,14 +8,18 @@ from __future__ import annotations
 import difflib
 import tomllib
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from common.errors import SynthwardError
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_KIND = "own_kind"  # of our own error
+_LONGEST_SHOWN = 80  # of a value in a message
 _FINE = "\n\t\u200c\u200d"
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters that show nothing
 
@@ -58,36 +62,116 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_own_kind(cls, raw: Any) -> Any:
+        """No text or truth value passes for a number, and nothing for a truth value: they may mean something else."""
+        for key, value in raw.items() if isinstance(raw, dict) else ():
+            field = cls.model_fields.get(key)
+            kinds = set[Any]() if field is None else {field.annotation, *get_args(field.annotation)}
+            if bool in kinds and not isinstance(value, bool):
+                raise PydanticCustomError(_KIND, "must be true or false, without quotes", {"key": key, "value": value})
+            if kinds & {int, float} and isinstance(value, str | bool):
+                raise PydanticCustomError(_KIND, "must be a number, without quotes", {"key": key, "value": value})
+        return raw
+
 
 def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple[str, str, str]:
-    """(field, what, remedy) of the first problem that pydantic found, with the nearest right key for a misspelt one."""
-    problems = error.errors()  # a misspelt key also shows as a missing one: name the key that is there
+    """(field, what, remedy) of the first problem that pydantic found, in the words of the file's owner.
+
+    A misspelt key also shows as a missing one: the key that is there is named, with the nearest right one.
+    """
+    problems = error.errors()
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    place = _Place.of(model, first["loc"])
+    kind, facts, value = first["type"], first.get("ctx", {}), first["input"]
+    if kind == _KIND:
+        place, value = _Place.of(model, (*first["loc"], facts["key"])), facts["value"]
+    if kind == "extra_forbidden":
         key = str(first["loc"][-1])
-        known = _keys_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return field, f"unknown key '{key}'", remedy
-    if first["type"] == "missing":
-        return field, "missing", "Add it."
+        near = difflib.get_close_matches(key, place.known, n=1, cutoff=0.5)
+        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(place.known))}."
+        return place.path, f"unknown key '{key}'", remedy
+    if kind == "missing":
+        return place.path, "missing", f"Add it: {place.description}." if place.description else "Add it."
+    if kind.startswith("union_tag"):
+        field = f"{place.path}.{str(facts['discriminator']).strip(chr(39))}"
+        if kind == "union_tag_not_found":
+            return field, "missing", "Add it."
+        return field, f"must be one of {facts['expected_tags']} (got {_shown(facts['tag'])})", "Fix the value."
     what = first["msg"].removeprefix("Value error, ")
-    if not field:  # a rule over several fields names its own field first
+    if kind == "value_error" and isinstance(value, dict):  # a rule over several fields names its own first
         field, _, what = what.partition(": ")
-        return field, what, "Change one of them."
-    return field, f"{what} (got {first['input']!r})", "Fix the value."
+        return ".".join(filter(None, (place.path, field))), what, "Change one of them."
+    return place.path, f"{_words(kind, facts, what, place.description)} (got {_shown(value)})", "Fix the value."
 
 
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    current: type[BaseModel] = model
-    for part in loc:
-        info = current.model_fields.get(str(part))
-        if info is None:
-            return []
-        options = [info.annotation, *get_args(info.annotation)]
-        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not nested:
-            return []
-        current = nested[0]
-    return list(current.model_fields)
+_KINDS = {  # pydantic's kinds of error, as far as its own words are a programmer's; by how they begin
+    "int_": "must be a whole number, without quotes",
+    "float_": "must be a number, without quotes",
+    "finite_number": "must be a number, and no infinite one",
+    "string_type": "must be text, in quotes",
+    "path_type": "must be a path, in quotes",
+    "tuple_type": "must be a list, in brackets",
+    "list_type": "must be a list, in brackets",
+    "model_": "must be a section of its own, with its settings below it",
+    "string_too_short": "must have at least {min_length} letter(s)",
+    "string_too_long": "must have at most {max_length} letters",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+
+
+def _words(kind: str, facts: dict[str, Any], message: str, description: str) -> str:
+    if kind == "string_pattern_mismatch":
+        return f"must be {description}" if description else "has a character that is not allowed there"
+    known = next((words for begin, words in _KINDS.items() if kind.startswith(begin)), None)
+    return known.format(**facts) if known else message.replace("Input should be", "must be")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a file a problem is.
+
+    Attributes:
+        path: keys from the top, joined by dots, and no others: pydantic also names which of several models it took.
+        description: of the last of them; may be "".
+        known: keys of the section that the last of them stands in.
+    """
+
+    path: str
+    description: str
+    known: list[str]
+
+    @classmethod
+    def of(cls, model: type[BaseModel], loc: tuple[int | str, ...]) -> _Place:
+        here, keys, description, known = [model], list[str](), "", list(model.model_fields)
+        for part in loc:
+            tagged = [option for option in here if _tag(option) == part]
+            if len(here) > 1 and tagged:
+                here = tagged
+                continue
+            keys.append(str(part))
+            info = next((o.model_fields[str(part)] for o in here if str(part) in o.model_fields), None)
+            known = [key for option in here for key in option.model_fields]
+            description = (info.description if info is not None else None) or ""
+            here = [] if info is None else _models(info.annotation)
+        return cls(".".join(keys), description, known)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's value can be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """What tells a model apart from the others that can stand in its place: a field that can be one word only."""
+    own = [field.annotation for field in model.model_fields.values() if get_origin(field.annotation) is Literal]
+    return next((str(get_args(literal)[0]) for literal in own if len(get_args(literal)) == 1), None)

@@ -36,6 +36,8 @@ _LONGEST_BASE = 27  # characters of the folder for sockets: a socket's whole pat
 _LOOK_SECONDS, _GRACE_SECONDS = 0.2, 3.0
 _LONGEST_WORDS = 200
 _MOST_STARTS = 3  # of processes that died, in one run
+_DAEMONS = ("raylet", "gcs_server")  # of Ray: without one, no worker answers, and the engine would ask in vain
+_END_SECONDS = 20.0  # for an engine that ends its daemons itself, as it does last of all
 
 
 def simulate(folder: RunFolder) -> None:
@@ -91,18 +93,33 @@ class _Process:
         name: what it is called in messages.
         log: what it writes to standard error.
         family: what it has started, as far as it was seen: some of it outlives a parent that dies.
+        daemons: those of `family` that it cannot do without, by name.
     """
 
     name: str
     popen: subprocess.Popen[str]
     log: Path
     family: set[psutil.Process] = field(default_factory=set)
+    daemons: dict[str, psutil.Process] = field(default_factory=dict)
 
     def look(self) -> None:
         """Remember what it has started by now."""
         if self.popen.poll() is None:  # else its number may be another process's by now
             with suppress(psutil.Error):
                 self.family.update(psutil.Process(self.popen.pid).children(recursive=True))
+        for process in self.family - set(self.daemons.values()):
+            with suppress(psutil.Error):
+                if process.name() in _DAEMONS:
+                    self.daemons[process.name()] = process
+
+    def lost(self) -> str | None:
+        """Name of a daemon that it has started and that is gone, while it lives itself."""
+        for name, daemon in self.daemons.items():
+            with suppress(psutil.Error):
+                if daemon.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            return name
+        return None
 
     def last_words(self) -> str:
         """The last line of its log, and how it ended."""
@@ -122,7 +139,13 @@ class _Process:
 
 
 def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
-    """Wait for the engine's end, while the sites' processes live; show what the sites do not tell the server."""
+    """Wait for the engine's end, while its daemons and the sites' processes live; show what only the sites' logs say.
+
+    Raises:
+        FederationError: a daemon of the engine is gone, and the engine does not end by itself.
+        SynthwardError: of the sites' processes.
+    """
+    lost_since: float | None = None
     while True:
         ended = engine.popen.poll() is not None
         for site, message in logs.news():
@@ -130,6 +153,10 @@ def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
         if ended:
             return
         engine.look()
+        lost = engine.lost()
+        lost_since = None if lost is None else lost_since or time.monotonic()
+        if lost_since is not None and time.monotonic() - lost_since > _END_SECONDS:
+            raise FederationError(f"the simulation engine's own process '{lost}' ended", where=str(engine.log))
         try:
             serving.look()
         except SynthwardError:
