@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from client.data.splits import Splits
 from common.images import ImageSet
@@ -140,13 +140,16 @@ class _Seen:
 
 
 def sheet(images: ImageSet, rows: Sequence[int], *, columns: int = 16, side: int = 64) -> bytes:
-    """PNG of some images side by side, for the site's own eyes."""
+    """PNG of some images side by side, each with its row, from 0, and its label, for the site's own eyes."""
     lines = -(-len(rows) // columns)
     page = Image.new("RGB", (columns * side, max(1, lines) * side), "white")
+    write = ImageDraw.Draw(page)
     for place, row in enumerate(rows):
+        corner = (place % columns * side, place // columns * side)
         pixels = images.images[row].transpose(1, 2, 0)
         tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
-        page.paste(tile.convert("RGB").resize((side, side)), (place % columns * side, place // columns * side))
+        page.paste(tile.convert("RGB").resize((side, side)), corner)
+        write.text(corner, f"{row}: {images.labels[row]}", "white", stroke_width=1, stroke_fill="black")
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
     return buffer.getvalue()

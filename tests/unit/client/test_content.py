@@ -96,6 +96,10 @@ def test_the_strangest_image_comes_first_and_is_shown():
     assert found.unusual[0] == 20
     page = Image.open(io.BytesIO(sheet(PHANTOMS.train, found.unusual[:20])))
     assert page.size == (16 * 64, 2 * 64)
+    grey = PHANTOMS.train.select(np.array([5, 6]))
+    grey = ImageSet(np.full_like(grey.images, 128), grey.labels, grey.patients)
+    assert len(set(np.unique(Image.open(io.BytesIO(sheet(grey, [0, 1]))))) - {128, 255}) > 2, "no row and label"
+    assert sheet(grey, [0, 1]) != sheet(grey, [1, 0])
 
 
 def _of_class(change):
