@@ -89,10 +89,7 @@ def check(
         site.config.policy.permit(settings, plan, site.cohort)
         if picture is not None:
             atomic_write(picture, site.unusual)
-            print(
-                f"{picture}: written (PNG): the train images least like the others, each with row: label",
-                file=sys.stderr,
-            )
+            print(f"{picture}: written (PNG): the strangest train images, with row: label", file=sys.stderr)
         require_meant(site)
         rows.append(_row(site, *site.cohort.warnings(settings)))
     if as_json:

@@ -125,6 +125,8 @@ def describe(study: Study, plan: StudyPlan, facts: Sequence[SiteCheck]) -> str:
         total = epsilon_of(plan.losses(partition), delta=privacy.delta, accountant=privacy.accountant)
         lines.append(f"together, {partition + ' records:':<21}epsilon {total:.3f} of {privacy.epsilon:g}"
                      f" at delta {privacy.delta:g} ({privacy.accountant})")  # fmt: skip
+    once = epsilon_of([plan["evaluate"].loss], delta=privacy.delta, accountant=privacy.accountant)
+    lines.append(f"of that, held-out records spend {once:.3f} unless a site has to answer 'evaluate' a second time")
     minutes = (needs.pretrain_seconds + needs.train_seconds + needs.generate_seconds) / 60
     lines += [
         "",

@@ -215,3 +215,4 @@ def test_each_study_makes_its_plan_on_real_images(name, data, tmp_path):
                         cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "together, train records" in result.stdout
+    assert "unless a site has to answer 'evaluate' a second time" in result.stdout
