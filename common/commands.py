@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -50,6 +51,7 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name=program, standalone_mode=False)
+        _written_out()
     except SynthwardError as error:
         _end(f"error: {error}", error.exit_code)
     except MemoryError:
@@ -82,4 +84,15 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 def _end(line: str, code: int) -> None:
     with suppress(OSError):  # the terminal is gone
         print(line, file=sys.stderr, flush=True)
+    _written_out()
     raise SystemExit(code) from None
+
+
+def _written_out() -> None:
+    """Write out what is left; where nobody reads it any more, let it go, or Python would end with exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
