@@ -6,16 +6,18 @@ SPDX-License-Identifier: Apache-2.0
         Traceback ...                                                  the rest, indented
 
 Indented, since text of a request must not pass for a line of ours; `server/site_logs.py` reads the heads of simulated
-sites.
+sites. Where the log cannot be written, on a full disk for one, the head goes to standard error.
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.errors import Refused
+from common.errors import Refused, StorageError
 from common.files import append_line
 from common.text import printable
 
@@ -44,15 +46,19 @@ def write_note(state: Path, text: str) -> None:
 
 
 def _write(state: Path, kind: str, head: str, story: str) -> None:
+    head = f"{kind}: {printable(head)[:_MOST_IN_HEAD]}"
     try:
-        log = state / NAME
-        if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe would hold us up for good
-            return
-        if log.exists() and log.stat().st_size > MOST_BYTES:
-            log.replace(log.with_suffix(".log.1"))
-            log.touch(mode=0o600)
-        stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        lines = [f"{stamp} {kind}: {printable(head)[:_MOST_IN_HEAD]}", *map(printable, story.splitlines())]
-        append_line(log, "\n    ".join(lines))
-    except Exception:
-        return
+        _append(state / NAME, head, story)
+    except Exception as error:  # a full disk, above all: then the reason is nowhere, unless whoever serves reads it
+        with suppress(Exception):
+            print(f"warning: {error} It would say: {head}", file=sys.stderr, flush=True)
+
+
+def _append(log: Path, head: str, story: str) -> None:
+    if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe would hold us up for good
+        raise StorageError("no plain file, so it is not written to", where=str(log), remedy="Put it away.")
+    if log.exists() and log.stat().st_size > MOST_BYTES:
+        log.replace(log.with_suffix(".log.1"))
+        log.touch(mode=0o600)
+    stamp = datetime.now(UTC).isoformat(timespec="seconds")
+    append_line(log, "\n    ".join([f"{stamp} {head}", *map(printable, story.splitlines())]))

@@ -36,7 +36,8 @@ _LONGEST_BASE = 27  # characters of the folder for sockets: a socket's whole pat
 _LOOK_SECONDS, _GRACE_SECONDS = 0.2, 3.0
 _LONGEST_WORDS = 200
 _MOST_STARTS = 3  # of processes that died, in one run
-_DAEMONS = ("raylet", "gcs_server")  # of Ray: without one, no worker answers, and the engine would ask in vain
+# Of Ray; without one the engine would ask in vain, all sites or those whose messages the lost worker had carried.
+_DAEMONS = ("raylet", "gcs_server", "ray::ClientAppActor")
 _END_SECONDS = 20.0  # for an engine that ends its daemons itself, as it does last of all
 
 
@@ -93,30 +94,31 @@ class _Process:
         name: what it is called in messages.
         log: what it writes to standard error.
         family: what it has started, as far as it was seen: some of it outlives a parent that dies.
-        daemons: those of `family` that it cannot do without, by name.
+        daemons: those of `family` that it cannot do without, and their names.
     """
 
     name: str
     popen: subprocess.Popen[str]
     log: Path
     family: set[psutil.Process] = field(default_factory=set)
-    daemons: dict[str, psutil.Process] = field(default_factory=dict)
+    daemons: dict[psutil.Process, str] = field(default_factory=dict)
 
     def look(self) -> None:
         """Remember what it has started by now."""
         if self.popen.poll() is None:  # else its number may be another process's by now
             with suppress(psutil.Error):
                 self.family.update(psutil.Process(self.popen.pid).children(recursive=True))
-        for process in self.family - set(self.daemons.values()):
+        for process in self.family - set(self.daemons):
             with suppress(psutil.Error):
-                if process.name() in _DAEMONS:
-                    self.daemons[process.name()] = process
+                name = process.name()  # a worker gets its own a moment after its start
+                if name.startswith(_DAEMONS):
+                    self.daemons[process] = name
 
     def lost(self) -> str | None:
         """Name of a daemon that it has started and that is gone, while it lives itself."""
-        for name, daemon in self.daemons.items():
+        for daemon, name in self.daemons.items():
             with suppress(psutil.Error):
-                if daemon.status() != psutil.STATUS_ZOMBIE:
+                if daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE:
                     continue
             return name
         return None
@@ -148,8 +150,8 @@ def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
     lost_since: float | None = None
     while True:
         ended = engine.popen.poll() is not None
-        for site, message in logs.news():
-            print(f"warning: {site}'s own log: {message}", file=sys.stderr, flush=True)
+        for warning in (*(f"warning: {site}'s own log: {said}" for site, said in logs.news()), *serving.warnings()):
+            print(warning, file=sys.stderr, flush=True)
         if ended:
             return
         engine.look()
@@ -193,7 +195,7 @@ class _Serving:
 
     def __init__(self, machine: _Machine, sites: list[Path], stack: ExitStack) -> None:
         many = at_once(len(sites))
-        self._machine, self._stack, self._again = machine, stack, _MOST_STARTS
+        self._machine, self._stack, self._again, self._warned = machine, stack, _MOST_STARTS, set[str]()
         self._mine = [sites[number::many] for number in range(many)]
         self._processes = [self._started(number) for number in range(many)]
         for process in self._processes:
@@ -215,6 +217,14 @@ class _Serving:
             print(f"warning: {what}; it is started again", file=sys.stderr, flush=True)
             self._processes[number] = self._started(number)
             _wait_until_ready(self._processes[number])
+
+    def warnings(self) -> Iterator[str]:
+        """What the processes warn of, each once: a site whose own log cannot be written has no other place."""
+        for process in self._processes:
+            for line in map(printable, process.log.read_text(errors="replace").splitlines()):
+                if line.startswith("warning: ") and line not in self._warned:
+                    self._warned.add(line)
+                    yield line
 
     def _started(self, number: int) -> _Process:
         mine, scratch = self._mine[number], self._machine.scratch

@@ -176,7 +176,12 @@ def test_it_ends_while_sites_still_approve(started):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "said"),
-    [("server.engine", "engine ended (signal 9"), ("raylet", "process 'raylet' ended"), ("gcs_server", "")],
+    [
+        ("server.engine", "engine ended (signal 9"),
+        ("raylet", "process 'raylet' ended"),
+        ("gcs_server", ""),
+        ("ray::ClientAppActor", "process 'ray::ClientAppActor"),
+    ],
 )
 def test_an_engine_that_dies_ends_the_run_which_goes_on_later(started, victim, said):
     run = started()

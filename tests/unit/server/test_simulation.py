@@ -1,0 +1,47 @@
+"""What is watched while a study is simulated; the processes themselves are tested in tests/e2e/test_stops.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from server.simulation import _Process, _Serving
+
+SLEEP = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A process that has started another one, and never asks how that fares."""
+    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
+    process = _Process("engine", subprocess.Popen([sys.executable, "-c", program]), tmp_path / "log")
+    process.log.touch()
+    yield process
+    process.end()
+
+
+def test_a_daemon_that_is_gone_is_missed_and_one_that_lives_is_not(engine, monkeypatch):
+    monkeypatch.setattr("server.simulation._DAEMONS", ("python",))  # which it is, like any other by its name
+    deadline = time.monotonic() + 30
+    while not engine.daemons and time.monotonic() < deadline:
+        engine.look()
+        time.sleep(0.05)
+    (daemon,) = engine.daemons
+    assert engine.lost() is None
+    daemon.kill()
+    while engine.lost() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.lost() == engine.daemons[daemon]
+    assert engine.popen.poll() is None
+
+
+def test_what_the_processes_of_sites_warn_of_is_told_once(tmp_path):
+    log = tmp_path / "log-0"
+    log.write_text("chatter of a library\nwarning: no space left\x1b[2J\n")
+    serving = object.__new__(_Serving)
+    serving._processes, serving._warned = [_Process("sites", subprocess.Popen(["true"]), log)], set()
+    assert list(serving.warnings()) == ["warning: no space left [2J"]
+    assert list(serving.warnings()) == []
