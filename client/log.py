@@ -25,6 +25,8 @@ NAME = "site.log"
 MOST_BYTES = 10_000_000  # who asks in vain without end must not fill the disk
 _MOST_TOLD = 4000  # characters of one error
 _MOST_IN_HEAD = 400
+_MOST_SAID = 100  # lines elsewhere while the log cannot be written, each once: the disk may be the same
+_said = set[tuple[Path, str]]()
 
 
 def write_error(state: Path, error: BaseException, *, doing: str = "") -> None:
@@ -50,8 +52,10 @@ def _write(state: Path, kind: str, head: str, story: str) -> None:
     try:
         _append(state / NAME, head, story)
     except Exception as error:  # a full disk, above all: then the reason is nowhere, unless whoever serves reads it
-        with suppress(Exception):
-            print(f"warning: {error} It would say: {head}", file=sys.stderr, flush=True)
+        if (state, head) not in _said and len(_said) < _MOST_SAID:
+            _said.add((state, head))
+            with suppress(Exception):
+                print(printable(f"warning: {error} It would say: {head}"), file=sys.stderr, flush=True)
 
 
 def _append(log: Path, head: str, story: str) -> None:

@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -16,6 +17,9 @@ from types import FrameType
 import typer
 
 from common.errors import SynthwardError
+from common.text import printable
+
+_GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 
 
 class Stopped(BaseException):
@@ -83,16 +87,23 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def _end(line: str, code: int) -> None:
     with suppress(OSError):  # the terminal is gone
-        print(line, file=sys.stderr, flush=True)
-    _written_out()
+        print(printable(line), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        _written_out()
     raise SystemExit(code) from None
 
 
 def _written_out() -> None:
-    """Write out what is left; where nobody reads it any more, let it go, or Python would end with exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
+    """Write out what is left; where nobody reads it any more, let it go, or Python would end with exit code 120.
+
+    Raises:
+        OSError: somebody reads it, and it cannot be written: a full disk.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before we began
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
+            if isinstance(error, OSError) and error.errno not in _GONE:
+                raise

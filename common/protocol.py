@@ -31,9 +31,7 @@ _MAGIC = b"SYNW2\n"
 _START = len(_MAGIC) + 8
 
 Text = Annotated[str, Field(max_length=500)]
-SiteName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$", description="A-Z, a-z, 0-9, _ and -, 40 at most")
-]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")]
 Positive = Annotated[float, Field(ge=1e-3, le=1e12)]
 
 

@@ -39,7 +39,10 @@ def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str
             where=str(path),
             remedy=f"Give the path of a {what} TOML.",
         ) from cause  # fmt: skip
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except (
+        ValueError,
+        RecursionError,
+    ) as cause:  # not TOML, not text, a number of thousands of digits, endless brackets
         raise error(f"not valid TOML: {cause}", where=str(path), remedy="Fix that line.") from cause
 
 
@@ -71,7 +74,8 @@ class Settings(BaseModel):
             kinds = set[Any]() if field is None else {field.annotation, *get_args(field.annotation)}
             if bool in kinds and not isinstance(value, bool):
                 raise PydanticCustomError(_KIND, "must be true or false, without quotes", {"key": key, "value": value})
-            if kinds & {int, float} and isinstance(value, str | bool):
+            counted = isinstance(value, bool) and bool(kinds - {True, False}) and 1 in kinds  # True is in Literal[1, 3]
+            if counted or (kinds & {int, float} and isinstance(value, str | bool)):
                 raise PydanticCustomError(_KIND, "must be a number, without quotes", {"key": key, "value": value})
         return raw
 
@@ -91,9 +95,9 @@ def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple
         key = str(first["loc"][-1])
         near = difflib.get_close_matches(key, place.known, n=1, cutoff=0.5)
         remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(place.known))}."
-        return place.path, f"unknown key '{key}'", remedy
+        return place.path, f"unknown key '{_short(key)}'", remedy
     if kind == "missing":
-        return place.path, "missing", f"Add it: {place.description}." if place.description else "Add it."
+        return place.path, "missing", "Add it."
     if kind.startswith("union_tag"):
         field = f"{place.path}.{str(facts['discriminator']).strip(chr(39))}"
         if kind == "union_tag_not_found":
@@ -103,13 +107,13 @@ def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple
     if kind == "value_error" and isinstance(value, dict):  # a rule over several fields names its own first
         field, _, what = what.partition(": ")
         return ".".join(filter(None, (place.path, field))), what, "Change one of them."
-    return place.path, f"{_words(kind, facts, what, place.description)} (got {_shown(value)})", "Fix the value."
+    return place.path, f"{_words(kind, facts, what)} (got {_shown(value)})", "Fix the value."
 
 
 _KINDS = {  # pydantic's kinds of error, as far as its own words are a programmer's; by how they begin
     "int_": "must be a whole number, without quotes",
     "float_": "must be a number, without quotes",
-    "finite_number": "must be a number, and no infinite one",
+    "finite_number": "must be a finite number",
     "string_type": "must be text, in quotes",
     "path_type": "must be a path, in quotes",
     "tuple_type": "must be a list, in brackets",
@@ -117,20 +121,31 @@ _KINDS = {  # pydantic's kinds of error, as far as its own words are a programme
     "model_": "must be a section of its own, with its settings below it",
     "string_too_short": "must have at least {min_length} letter(s)",
     "string_too_long": "must have at most {max_length} letters",
-    "too_short": "must have at least {min_length} entries",
-    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} of its kind",
+    "too_long": "must have at most {max_length} of its kind",
+}
+_PATTERNS = {  # what text has to be; any other pattern only keeps letters out that cannot be shown
+    r"^[a-z0-9][a-z0-9-]{0,39}$": "must be of lower case letters, digits and hyphens, 40 at most, no hyphen first",
+    r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$": "must be of letters (A to Z), digits, _ and -, 40 at most, no _ or - first",
+    r"^[0-9a-f]{64}$": "must be 64 hexadecimal digits in lower case",
 }
 
 
-def _words(kind: str, facts: dict[str, Any], message: str, description: str) -> str:
+def _words(kind: str, facts: dict[str, Any], message: str) -> str:
     if kind == "string_pattern_mismatch":
-        return f"must be {description}" if description else "has a character that is not allowed there"
+        return _PATTERNS.get(facts["pattern"], "has a letter that cannot be shown, or none")
     known = next((words for begin, words in _KINDS.items() if kind.startswith(begin)), None)
     return known.format(**facts) if known else message.replace("Input should be", "must be")
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        return _short(repr(value[:_LONGEST_SHOWN] if isinstance(value, str | list) else value))
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a very long number"
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
@@ -140,28 +155,25 @@ class _Place:
 
     Attributes:
         path: keys from the top, joined by dots, and no others: pydantic also names which of several models it took.
-        description: of the last of them; may be "".
         known: keys of the section that the last of them stands in.
     """
 
     path: str
-    description: str
     known: list[str]
 
     @classmethod
     def of(cls, model: type[BaseModel], loc: tuple[int | str, ...]) -> _Place:
-        here, keys, description, known = [model], list[str](), "", list(model.model_fields)
+        here, keys, known = [model], list[str](), list(model.model_fields)
         for part in loc:
             tagged = [option for option in here if _tag(option) == part]
             if len(here) > 1 and tagged:
                 here = tagged
                 continue
-            keys.append(str(part))
+            keys.append(_short(str(part)))
             info = next((o.model_fields[str(part)] for o in here if str(part) in o.model_fields), None)
             known = [key for option in here for key in option.model_fields]
-            description = (info.description if info is not None else None) or ""
             here = [] if info is None else _models(info.annotation)
-        return cls(".".join(keys), description, known)
+        return cls(".".join(keys), known)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

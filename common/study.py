@@ -28,8 +28,8 @@ _SYMMETRIES: dict[Modality, Symmetry] = {  # the heart is on one side; eyes come
 
 Shown = Annotated[str, AfterValidator(harmless)]  # one party writes it, and others see it on screen, page and report
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$"), AfterValidator(harmless)]
-Side = Annotated[int, Field(ge=1, le=16)]
-Depth = Annotated[int, Field(ge=0, le=16)]
+Side = Annotated[int, Field(ge=1, le=16, strict=True)]
+Depth = Annotated[int, Field(ge=0, le=16, strict=True)]
 MOST_CHANNELS = 1024  # of the network's deepest level
 MOST_STEPS = 200_000  # noisy sums of a study in one mechanism
 

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise StudyError(
             f"cannot read '{override}'", where="--set", remedy="Write section.key=value, as in training.rounds=2."
         )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = _value(text.strip())
     section = raw.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise StudyError(f"'{parts[0]}' is not a section", where="--set", remedy="Write section.key=value.")
     section[parts[1]] = value
+
+
+def _value(text: str) -> Any:
+    """As TOML has it, or as a person types it: `.5`, `True`, and words without quotes."""
+    with suppress(ValueError, RecursionError):
+        return tomllib.loads(f"value = {text}")["value"]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def study_toml(study: Study) -> str:

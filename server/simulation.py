@@ -54,7 +54,7 @@ def simulate(folder: RunFolder) -> None:
     with _machine(run) as machine, ExitStack() as stack:
         serving, logs = _Serving(machine, sites, stack), SiteLogs(sites)
         with _engine(machine, run, len(sites)) as engine:
-            _watch(engine, serving, logs)
+            _watch(engine, serving, logs, run / "SHA256SUMS")
         _pass_on(machine, engine)
 
 
@@ -95,6 +95,8 @@ class _Process:
         log: what it writes to standard error.
         family: what it has started, as far as it was seen: some of it outlives a parent that dies.
         daemons: those of `family` that it cannot do without, and their names.
+        named: what bore such a name at the last look: between fork and exec a child has its parent's.
+        read: bytes of its log that `news` has told, the one entry of a list.
     """
 
     name: str
@@ -102,17 +104,25 @@ class _Process:
     log: Path
     family: set[psutil.Process] = field(default_factory=set)
     daemons: dict[psutil.Process, str] = field(default_factory=dict)
+    named: dict[psutil.Process, str] = field(default_factory=dict)
+    read: list[int] = field(default_factory=lambda: [0])
 
     def look(self) -> None:
         """Remember what it has started by now."""
         if self.popen.poll() is None:  # else its number may be another process's by now
             with suppress(psutil.Error):
                 self.family.update(psutil.Process(self.popen.pid).children(recursive=True))
-        for process in self.family - set(self.daemons):
+        before, named = set(self.named), dict[psutil.Process, str]()
+        for process in self.family:
             with suppress(psutil.Error):
-                name = process.name()  # a worker gets its own a moment after its start
-                if name.startswith(_DAEMONS):
-                    self.daemons[process] = name
+                name, alive = process.name(), process.is_running()
+                if alive and name.startswith(_DAEMONS):
+                    named[process] = name
+                elif alive:
+                    self.daemons.pop(process, None)
+        self.daemons.update((process, name) for process, name in named.items() if process in before)
+        self.named.clear()
+        self.named.update(named)
 
     def lost(self) -> str | None:
         """Name of a daemon that it has started and that is gone, while it lives itself."""
@@ -122,6 +132,15 @@ class _Process:
                     continue
             return name
         return None
+
+    def news(self) -> list[str]:
+        """Whole lines of its log since the last time."""
+        with suppress(OSError), self.log.open("rb") as file:
+            file.seek(self.read[0])
+            text, end, _ = file.read().rpartition(b"\n")
+            self.read[0] += len(text + end)
+            return [printable(line) for line in text.decode(errors="replace").split("\n")]
+        return []
 
     def last_words(self) -> str:
         """The last line of its log, and how it ended."""
@@ -140,8 +159,11 @@ class _Process:
             self.popen.communicate()
 
 
-def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
+def _watch(engine: _Process, serving: _Serving, logs: SiteLogs, last: Path) -> None:
     """Wait for the engine's end, while its daemons and the sites' processes live; show what only the sites' logs say.
+
+    Args:
+        last: the file that a run writes last: once it is there, the engine may take its time.
 
     Raises:
         FederationError: a daemon of the engine is gone, and the engine does not end by itself.
@@ -157,7 +179,7 @@ def _watch(engine: _Process, serving: _Serving, logs: SiteLogs) -> None:
         engine.look()
         lost = engine.lost()
         lost_since = None if lost is None else lost_since or time.monotonic()
-        if lost_since is not None and time.monotonic() - lost_since > _END_SECONDS:
+        if lost_since is not None and time.monotonic() - lost_since > _END_SECONDS and not last.exists():
             raise FederationError(f"the simulation engine's own process '{lost}' ended", where=str(engine.log))
         try:
             serving.look()
@@ -214,17 +236,17 @@ class _Serving:
             if self._again == 0:
                 raise FederationError(what)
             self._again -= 1
-            print(f"warning: {what}; it is started again", file=sys.stderr, flush=True)
+            for warning in (*self.warnings(), f"warning: {what}; it is started again"):
+                print(warning, file=sys.stderr, flush=True)
             self._processes[number] = self._started(number)
             _wait_until_ready(self._processes[number])
 
     def warnings(self) -> Iterator[str]:
         """What the processes warn of, each once: a site whose own log cannot be written has no other place."""
-        for process in self._processes:
-            for line in map(printable, process.log.read_text(errors="replace").splitlines()):
-                if line.startswith("warning: ") and line not in self._warned:
-                    self._warned.add(line)
-                    yield line
+        for line in [line for process in self._processes for line in process.news()]:
+            if line.startswith("warning: ") and line not in self._warned:
+                self._warned.add(line)
+                yield line
 
     def _started(self, number: int) -> _Process:
         mine, scratch = self._mine[number], self._machine.scratch

@@ -186,7 +186,7 @@ def test_it_ends_while_sites_still_approve(started):
 def test_an_engine_that_dies_ends_the_run_which_goes_on_later(started, victim, said):
     run = started()
     run.one(victim).kill()
-    line = run.ended(within=15 if victim == "server.engine" else 60)
+    line = run.ended(within=15 if victim == "server.engine" else 45)
     assert run.process.returncode == 1
     assert line.startswith("error: ") and said in line and "synthward run --resume" in line
     done = run.go_on()

@@ -26,6 +26,8 @@ def test_what_a_log_cannot_take_is_said_to_whoever_serves(tmp_path, capsys, spoi
     assert line.startswith("warning: ") and line.count("\n") == 1 and "\x1b" not in line
     assert str(state / NAME) in line
     assert "It would say: DataError: images.npz: no such file" in line
+    write_error(state, DataError("no such file\n\x1b[2Jwarning: forged", where="images.npz"))
+    assert capsys.readouterr().err == "", "said again: where standard error goes the disk may be as full"
 
 
 def test_what_is_written_is_not_said_twice(tmp_path, capsys):

@@ -10,6 +10,7 @@ from client.site import load_site_config
 from common.errors import DataError
 
 GOOD = 'name = "st-a"\nstate = "s"\n[data]\nsource = "npz"\npath = "x.npz"\n[policy]\nmax_epsilon = 8.0\n'
+NAME = "name: must be of letters (A to Z), digits, _ and -, 40 at most, no _ or - first"
 
 
 def _line(tmp_path, old, new):
@@ -30,12 +31,11 @@ def _line(tmp_path, old, new):
         ('path = "x.npz"\n', "", "data.path: missing. Add it."),
         ("[data]", "[dta]", "dta: unknown key 'dta'. Did you mean 'data'?"),
         ('"x.npz"', "3", "data.path: must be a path, in quotes (got 3). Fix the value."),
-        ("st-a", "St A", "name: must be A-Z, a-z, 0-9, _ and -, 40 at most (got 'St A'). Fix the value."),
-        ('name = "st-a"\n', "", "name: missing. Add it: A-Z, a-z, 0-9, _ and -, 40 at most."),
-        ('"st-a"', '"' + 200 * "x" + '"', f"name: must be A-Z, a-z, 0-9, _ and -, 40 at most (got '{79 * 'x'}…). "
-         "Fix the value."),
+        ("st-a", "St A", f"{NAME} (got 'St A'). Fix the value."),
+        ('name = "st-a"\n', "", "name: missing. Add it."),
+        ('"st-a"', '"' + 200 * "x" + '"', f"{NAME} (got '{79 * 'x'}…). Fix the value."),
         ("8.0", '"8"', "policy.max_epsilon: must be a number, without quotes (got '8'). Fix the value."),
-        ("8.0", "inf", "policy.max_epsilon: must be a number, and no infinite one (got inf). Fix the value."),
+        ("8.0", "inf", "policy.max_epsilon: must be a finite number (got inf). Fix the value."),
         ('"x.npz"', '"x.npz"\nshard_index = 5', "data.shard_index: 5 is not below shard_count 1. Change one of them."),
         ('[data]\nsource = "npz"\npath = "x.npz"', 'data = "x.npz"', "data: must be a section of its own, with its "
          "settings below it (got 'x.npz'). Fix the value."),

@@ -47,8 +47,15 @@ def test_any_changed_setting_changes_the_hash():
         ("epsilon = 8.0", "epsilon = true", "privacy.epsilon", "must be a number, without quotes (got True)"),
         ("rounds = 2", "rounds = 2.5", "training.rounds", "must be a whole number"),
         ("own_reference = true", 'own_reference = "no"', "simulation.own_reference", "must be true or false"),
-        ('name = "tiny"', 'name = "Tiny Study"', "study.name", "must be lower case, digits, hyphens"),
+        ('name = "tiny"', 'name = "Tiny Study"', "study.name", "must be of lower case letters, digits and hyphens"),
         ('"clear",', '"clear", 3,', "data.classes.1", "must be text, in quotes"),
+        ("depths = [\n    0,", 'depths = [\n    "0",', "network.depths.0", "must be a whole number"),
+        ("heads = [\n    1,", "heads = [\n    true,", "network.heads.0", "must be a whole number"),
+        ("channels = 1", "channels = true", "data.channels", "must be a number"),
+        ("rounds = 2", f"rounds = 0x{5000 * 'f'}", "training.rounds", "a very long number"),
+        ("rounds = 2", f"rounds = {5000 * '9'}", "study.toml", "not valid TOML"),
+        ("rounds = 2", f"rounds = {5000 * '['}", "study.toml", "not valid TOML"),
+        ("[privacy]", f'["{500 * "x"}"]\n[privacy]', "unknown key", "Known keys"),
         ("delta = 1e-05", "delta = 2.0", "privacy.delta", "less than 1"),
         ('accountant = "rdp"', 'accountant = "pvr"', "privacy.accountant", "'prv' or 'rdp'"),
         ("channels = 1", "channels = 2", "data.channels", "1 or 3"),
@@ -84,6 +91,12 @@ def test_a_mistake_gives_one_line_with_file_field_and_remedy(tmp_path, old, new,
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(StudyError, match=r"nowhere\.toml: cannot read the study file"):
         load_study(tmp_path / "nowhere.toml")
+
+
+def test_overrides_are_read_as_a_person_types_them(tmp_path):
+    words = ("privacy.epsilon=.5", "training.rounds=05", "simulation.own_reference=False", "privacy.accountant=prv")
+    study = load_study(_write(tmp_path, tiny_toml()), words)
+    assert (study.privacy.epsilon, study.training.rounds, study.simulation.own_reference) == (0.5, 5, False)
 
 
 def test_overrides_change_one_setting_and_are_checked(tmp_path):

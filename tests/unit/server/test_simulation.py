@@ -26,11 +26,19 @@ def engine(tmp_path):
 def test_a_daemon_that_is_gone_is_missed_and_one_that_lives_is_not(engine, monkeypatch):
     monkeypatch.setattr("server.simulation._DAEMONS", ("python",))  # which it is, like any other by its name
     deadline = time.monotonic() + 30
-    while not engine.daemons and time.monotonic() < deadline:
+    while not engine.named and time.monotonic() < deadline:
         engine.look()
         time.sleep(0.05)
+    assert not engine.daemons, "a child has its parent's name between fork and exec"
+    engine.look()
     (daemon,) = engine.daemons
     assert engine.lost() is None
+    with monkeypatch.context() as renamed:
+        renamed.setattr("server.simulation._DAEMONS", ("raylet",))
+        engine.look()
+        assert not engine.daemons, "it lives, and is none any more"
+    engine.look()
+    engine.look()
     daemon.kill()
     while engine.lost() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -40,8 +48,12 @@ def test_a_daemon_that_is_gone_is_missed_and_one_that_lives_is_not(engine, monke
 
 def test_what_the_processes_of_sites_warn_of_is_told_once(tmp_path):
     log = tmp_path / "log-0"
-    log.write_text("chatter of a library\nwarning: no space left\x1b[2J\n")
+    log.write_text("chatter of a library\nwarning: no space left\x1b[2J\nwarning: half a li")
     serving = object.__new__(_Serving)
     serving._processes, serving._warned = [_Process("sites", subprocess.Popen(["true"]), log)], set()
     assert list(serving.warnings()) == ["warning: no space left [2J"]
+    assert list(serving.warnings()) == []
+    log.write_text(log.read_text() + "ne\u2028warning: forged\n")
+    assert list(serving.warnings()) == ["warning: half a line warning: forged"]
+    log.unlink()
     assert list(serving.warnings()) == []
