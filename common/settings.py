@@ -39,10 +39,7 @@ def read_toml(path: Path, *, what: str, error: type[SynthwardError]) -> dict[str
             where=str(path),
             remedy=f"Give the path of a {what} TOML.",
         ) from cause  # fmt: skip
-    except (
-        ValueError,
-        RecursionError,
-    ) as cause:  # not TOML, not text, a number of thousands of digits, endless brackets
+    except (ValueError, RecursionError) as cause:  # also of a number of thousands of digits, and of endless brackets
         raise error(f"not valid TOML: {cause}", where=str(path), remedy="Fix that line.") from cause
 
 
@@ -74,8 +71,8 @@ class Settings(BaseModel):
             kinds = set[Any]() if field is None else {field.annotation, *get_args(field.annotation)}
             if bool in kinds and not isinstance(value, bool):
                 raise PydanticCustomError(_KIND, "must be true or false, without quotes", {"key": key, "value": value})
-            counted = isinstance(value, bool) and bool(kinds - {True, False}) and 1 in kinds  # True is in Literal[1, 3]
-            if counted or (kinds & {int, float} and isinstance(value, str | bool)):
+            counted = any(type(kind) is int for kind in kinds)  # as in Literal[1, 3], where True would pass for 1
+            if (counted and isinstance(value, bool)) or (kinds & {int, float} and isinstance(value, str | bool)):
                 raise PydanticCustomError(_KIND, "must be a number, without quotes", {"key": key, "value": value})
         return raw
 

@@ -115,10 +115,12 @@ class _Process:
         before, named = set(self.named), dict[psutil.Process, str]()
         for process in self.family:
             with suppress(psutil.Error):
-                name, alive = process.name(), process.is_running()
-                if alive and name.startswith(_DAEMONS):
+                name = process.name()
+                if not _lives(process):
+                    continue
+                if name.startswith(_DAEMONS):
                     named[process] = name
-                elif alive:
+                else:
                     self.daemons.pop(process, None)
         self.daemons.update((process, name) for process, name in named.items() if process in before)
         self.named.clear()
@@ -127,10 +129,8 @@ class _Process:
     def lost(self) -> str | None:
         """Name of a daemon that it has started and that is gone, while it lives itself."""
         for daemon, name in self.daemons.items():
-            with suppress(psutil.Error):
-                if daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            return name
+            if not _lives(daemon):
+                return name
         return None
 
     def news(self) -> list[str]:
@@ -286,6 +286,13 @@ def _sweep(scratch: Path) -> None:
             if process.pid != os.getpid() and process.environ().get("SYNTHWARD_SOCKETS") == str(scratch):
                 left.append(process)
     _kill(left)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it is there and no zombie, whose name may be cut off."""
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _kill(processes: list[psutil.Process]) -> None:

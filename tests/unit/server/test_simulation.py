@@ -42,6 +42,8 @@ def test_a_daemon_that_is_gone_is_missed_and_one_that_lives_is_not(engine, monke
     daemon.kill()
     while engine.lost() is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    monkeypatch.setattr("server.simulation._DAEMONS", ("a name of a zombie is cut off",))
+    engine.look()
     assert engine.lost() == engine.daemons[daemon]
     assert engine.popen.poll() is None
 
