@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 from common.errors import StudyError
 from common.settings import read_toml, settings_error_line
 from common.study import Study
+
+_BARE_POINT = re.compile(r"[+-]?(\d+\.|\.\d+)")  # a number that TOML does not take: no digit on one side
 
 
 def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
@@ -67,10 +70,7 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+    return float(text) if _BARE_POINT.fullmatch(text) else text
 
 
 def study_toml(study: Study) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ def test_the_exit_code_is_the_commands_own(ending, code):
 
 @pytest.mark.parametrize("closed", CLOSED.values(), ids=CLOSED)
 def test_a_stream_that_was_never_open_changes_nothing(closed):
-    words = f"exec {sys.executable} -m server.cli verify nothing-here {closed}"
+    words = f"exec {shlex.quote(sys.executable)} -m server.cli verify nothing-here {closed}"
     ended = subprocess.run(
         ["sh", "-c", words], capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=120
     )

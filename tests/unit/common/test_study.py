@@ -94,9 +94,17 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_overrides_are_read_as_a_person_types_them(tmp_path):
-    words = ("privacy.epsilon=.5", "training.rounds=05", "simulation.own_reference=False", "privacy.accountant=prv")
+    words = (
+        "privacy.epsilon=.5",
+        "training.ema_decay=0.",
+        "pretrain.source=npz",
+        f"pretrain.sha256={64 * '0'}",
+        "simulation.own_reference=False",
+        "privacy.accountant=prv",
+    )
     study = load_study(_write(tmp_path, tiny_toml()), words)
-    assert (study.privacy.epsilon, study.training.rounds, study.simulation.own_reference) == (0.5, 5, False)
+    assert (study.privacy.epsilon, study.training.ema_decay, study.simulation.own_reference) == (0.5, 0.0, False)
+    assert study.pretrain.sha256 == 64 * "0"
 
 
 def test_overrides_change_one_setting_and_are_checked(tmp_path):
