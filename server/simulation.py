@@ -112,7 +112,7 @@ class _Process:
         if self.popen.poll() is None:  # else its number may be another process's by now
             with suppress(psutil.Error):
                 self.family.update(psutil.Process(self.popen.pid).children(recursive=True))
-        before, named = set(self.named), dict[psutil.Process, str]()
+        named = dict[psutil.Process, str]()
         for process in self.family:
             with suppress(psutil.Error):
                 name = process.name()
@@ -122,7 +122,7 @@ class _Process:
                     named[process] = name
                 else:
                     self.daemons.pop(process, None)
-        self.daemons.update((process, name) for process, name in named.items() if process in before)
+        self.daemons.update((process, name) for process, name in named.items() if process in self.named)
         self.named.clear()
         self.named.update(named)
 

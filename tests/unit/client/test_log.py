@@ -11,9 +11,8 @@ from common.errors import DataError
 
 
 def _full_disk(state):
-    (state / NAME).symlink_to(
-        "/dev/full"
-    )  # also no plain file; a disk of a few MB needs root (tests/e2e/test_stops.py)
+    """Also no plain file; a disk of a few MB needs root (tests/e2e/test_stops.py)."""
+    (state / NAME).symlink_to("/dev/full")
 
 
 @pytest.mark.parametrize("spoil", [_full_disk, lambda state: os.mkfifo(state / NAME), lambda state: state.rmdir()])

@@ -23,6 +23,14 @@ run(app, program="p", interrupted="interrupted")
 """
 
 
+def _ended(ending, *, stdout, stderr, **environment):
+    """The program, with output that is buffered as at a user's, whatever is set here."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment
+    words = [sys.executable, "-c", PROGRAM.format(ending=ending)]
+    return subprocess.run(words, stdout=stdout, stderr=stderr, text=True,
+                          cwd=REPOSITORY, check=False, timeout=120, env=environment)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("ending", "code"), [("pass", 0), ("raise Stopped(1)", 129), ("raise DataError('no', where='x')", 2)]
 )
@@ -30,11 +38,8 @@ def test_the_exit_code_is_the_commands_own(ending, code):
     """A pipe whose reader has gone, as a terminal that was closed: Python alone would end with 120."""
     reader, writer = os.pipe()
     os.close(reader)
-    program = PROGRAM.format(ending=ending)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
-        ended = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=writer, cwd=REPOSITORY,
-                               check=False, timeout=120, env=environment)  # fmt: skip
+        ended = _ended(ending, stdout=writer, stderr=writer)
     finally:
         os.close(writer)
     assert ended.returncode == code
@@ -51,18 +56,14 @@ def test_a_stream_that_was_never_open_changes_nothing(closed):
 
 
 def test_an_output_that_a_full_disk_has_cut_off_is_no_success():
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    program = PROGRAM.format(ending="pass")
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
-                               cwd=REPOSITORY, check=False, timeout=120, env=environment)  # fmt: skip
+        ended = _ended("pass", stdout=full, stderr=subprocess.PIPE)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ") and "no space left" in ended.stderr
 
 
 def test_no_message_moves_the_terminal():
-    program = PROGRAM.format(ending="raise DataError('\\x1b[2J\\u202efoul', where='x')")
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False,
-                           timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"})  # fmt: skip
+    foul = "raise DataError('\\x1b[2J\\u202efoul', where='x')"
+    ended = _ended(foul, stdout=subprocess.PIPE, stderr=subprocess.PIPE, PYTHONIOENCODING="utf-8")
     assert ended.returncode == 2 and "foul" in ended.stderr
     assert "\x1b" not in ended.stderr and "\u202e" not in ended.stderr
