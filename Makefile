@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all mutations lint fmt report bench-utility clean
+.PHONY: help install demo deploy-demo test test-all mutations lint fmt report bench-utility clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 demo: install    ## three phantom sites, end to end, to a report
 	@$(BIN)/synthward run configs/demo.toml
+
+deploy-demo: install  ## a coordinator and three hospitals as separate processes, two of them killed on the way
+	@$(BIN)/python tests/deploy_demo.py
 
 test: install    ## everything that is quick: under 10 minutes on two cores
 	@$(BIN)/python -m pytest

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.carrier.commands import add_to as add_carrier_commands
 from common.commands import Stopped, run
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
@@ -29,8 +30,7 @@ app = typer.Typer(
 Sites = Annotated[list[Path], typer.Argument(help="site files (TOML)", metavar="SITE.toml...")]
 StudyFile = Annotated[Path, typer.Option("--study", help="the study file", metavar="STUDY.toml")]
 OneSite = Annotated[Path, typer.Argument(help="site file (TOML)", metavar="SITE.toml")]
-StudyArgument = Annotated[Path, typer.Argument(help="the study file", metavar="STUDY.toml")]
-By = Annotated[str, typer.Option("--by", help="name and role of the person who decides", metavar="NAME")]
+By = Annotated[str, typer.Option("--by", help="name and role of who decides", metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -107,7 +107,7 @@ def check(
 
 
 @app.command()
-def explain(site: OneSite, study: StudyArgument) -> None:
+def explain(site: OneSite, study: Annotated[Path, typer.Argument(help="its file", metavar="STUDY.toml")]) -> None:
     """Say in plain words what a study would take, ask and give here, and whether the policy allows it.
 
     The page is what an approver reads and signs. Exit code 3 when the policy or the ceilings say no. Spends nothing.
@@ -222,8 +222,7 @@ def page(
     from common.errors import DataError
     from common.files import atomic_write
 
-    for _config, _open in _ledgers(sites):  # one that is lost stops this command, as every other
-        pass
+    list(_ledgers(sites))  # one that is lost stops this command, as every other
     if once is not None:
         atomic_write(once, render(sites).encode())
         print(once)
@@ -249,7 +248,7 @@ def serve(
 ) -> None:
     """Own the site's images and answer a study's requests over a local socket, until stopped.
 
-    Start the SuperNode beside it, under another user, with --node-config 'site="SOCKETS/site.sock"'.
+    Beside it, under another user, `synthward-site carry` brings the requests.
 
     Example: synthward-site serve site.toml --sockets /run/synthward
     """
@@ -290,10 +289,9 @@ def backup(
     """
     from client.backup import back_up
 
-    config, ledger = _ledger(site)
-    with closing(ledger):
+    for config, ledger in _ledgers([site]):
         number, newest = back_up(ledger, to)
-    print(f"{config.name}: {number} entries in {to}; newest hash {newest}")
+        print(f"{config.name}: {number} entries in {to}; newest hash {newest}")
 
 
 @app.command()
@@ -385,10 +383,12 @@ def _tried(path: Path, sites: list[Path]) -> tuple[Study, StudyPlan]:
     from common.study_file import load_study
 
     study = load_study(path)
-    for _ in _ledgers(sites):  # a site that lost its own learns it at once
-        pass
+    list(_ledgers(sites))  # a site that lost its own learns it at once
     try_study(study)
     return study, plan_study(study)
+
+
+add_carrier_commands(app)
 
 
 def main() -> None:

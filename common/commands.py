@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -53,6 +55,7 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter gets its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    app.callback()(_with_version)  # also keeps the name of a command that is the only one
     try:
         app(prog_name=program, standalone_mode=False)
         _written_out()
@@ -76,6 +79,20 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
         context = getattr(error, "ctx", None)
         help_line = f" See `{context.command_path} --help`." if context is not None else ""
         _end(f"error: {show().rstrip('.')}.{help_line}", 2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"synthward {version('synthward')}")
+        raise typer.Exit
+
+
+def _with_version(
+    _asked: Annotated[
+        bool, typer.Option("--version", help="print the version and end", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

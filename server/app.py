@@ -12,7 +12,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.accounting import plan_study
-from common.errors import StudyError
+from common.errors import CheckpointError, StudyError
+from common.locks import held
 from common.preflight import try_study
 from common.study_file import load_study
 from server import pipeline
@@ -29,7 +30,11 @@ RUN_VARIABLE = "SYNTHWARD_RUN"
 def main(grid: Grid, context: Context) -> None:
     folder = run_folder(context)
     timeout = folder.study().federation.timeout_seconds
-    pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder))
+    busy = CheckpointError(
+        "another process works on this run", where=str(folder.path), remedy="Wait for it, or end it."
+    )
+    with held(folder.path / "run.lock", busy=busy):
+        pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder))
 
 
 def run_folder(context: Context) -> RunFolder:

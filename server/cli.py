@@ -1,4 +1,4 @@
-"""The command of the coordinator: `synthward run`, `synthward verify`.
+"""The command of the coordinator: `synthward run`, `synthward verify`, `synthward deploy`.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -14,6 +14,7 @@ import typer
 
 from common.commands import run as run_command
 from common.errors import StudyError, SynthwardError
+from server.deployment.commands import app as deploy
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
     from common.accounting import StudyPlan
@@ -24,11 +25,7 @@ app = typer.Typer(
     help="Train one private diffusion model over several hospitals and release a synthetic image set.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `run` a named command."""
+app.add_typer(deploy, name="deploy")
 
 
 @app.command()
@@ -113,12 +110,9 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from common.files import sha256_file
     from common.preflight import try_study
     from common.study_file import load_study
-    from server.synthesis.public_set import check_public_set
+    from server.synthesis.public_set import check_public_set, with_absolute_path
 
-    study = load_study(study_path, overrides)
-    if study.pretrain.path is not None:  # the run may go on from another folder
-        path = str(Path(study.pretrain.path).expanduser().resolve())
-        study = study.model_copy(update={"pretrain": study.pretrain.model_copy(update={"path": path})})
+    study = with_absolute_path(load_study(study_path, overrides))
     if study.federation.min_sites > study.simulation.sites:
         raise StudyError(
             f"{study.federation.min_sites} sites needed, {study.simulation.sites} simulated",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from common.errors import StorageError, SynthwardError
 from common.protocol import Agreement
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
@@ -45,7 +46,8 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
         SynthwardError: with everything saved that was finished; the run can be resumed.
     """
     session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress)
-    folder.event("begin", study=session.agreement.study.sha256)
+    own = psutil.Process()  # who follows the run sees by these whether it lives
+    folder.event("begin", study=session.agreement.study.sha256, pid=own.pid, since=own.create_time())
     began = time.monotonic()
     try:
         with _peak_memory() as largest:
@@ -65,6 +67,11 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
             seconds=_seconds_before(folder, began),
             peak_memory_mb=largest[0] / 1e6,
         )
+    except SynthwardError as error:
+        with suppress(StorageError):  # the disk may be what is full
+            told = {"what": error.what, "where": error.where, "remedy": error.remedy}
+            folder.event("failed", error=type(error).__name__, **told)
+        raise
     finally:
         progress.close()
         folder.event("end", seconds=round(time.monotonic() - began, 2))

@@ -49,7 +49,9 @@ class Progress:
         left = pace * (total - done)
         self._line(stage, f"{done}/{total}  {text}  {_clock(left)} left")
         self._bar(stage, done, total, f"{_clock(left)} left")
-        self._folder.event("step", stage=stage, done=done, total=total, seconds_left=round(left, 1), **values)
+        self._folder.event(
+            "step", stage=stage, done=done, total=total, text=text, seconds_left=round(left, 1), **values
+        )
 
     def wait(self, stage: str, text: str) -> None:
         """Nothing goes on for a while; it stands in the events, not in the report."""

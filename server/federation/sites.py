@@ -7,6 +7,7 @@ Nothing is believed here: what the bytes say is read in `server/federation/colle
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 
 from common.errors import FederationError, ReplyError
 from common.protocol import Arrays, Request, encode
+from common.text import printable
 from common.wire import from_record, to_record
 
 MESSAGE_TYPES = {
@@ -32,6 +34,7 @@ _FLOWER = {
     ErrorCode.INVALID_FAB: "its client app cannot be loaded",
     ErrorCode.CLIENT_APP_CRASHED: "its client app died",
 }
+_OURS = re.compile(r"common\.errors\.\w+'>:<'(.{1,400})'>", re.DOTALL)  # an error of our carrier's, as Flower wraps it
 _POLL_SECONDS, _TELL_SECONDS = 0.2, 10.0
 
 Requests = Mapping[int, tuple[Request, Arrays]]  # by node
@@ -128,7 +131,8 @@ def _message(node: int, request: Request, arrays: Arrays, seconds: float) -> Mes
 
 def _keep(returned: Returned, node: int, reply: Message) -> None:
     if reply.has_error():  # of Flower or its client app; the site's own process answers in its own words
-        what = _FLOWER.get(reply.error.code, "it failed")
+        own = _OURS.search(reply.error.reason or "")
+        what = printable(own.group(1)) if own else _FLOWER.get(reply.error.code, "it failed")
         returned.failures[node] = f"no answer from its carrier: {what} (Flower error {reply.error.code})"
         return
     try:

@@ -38,6 +38,14 @@ def check_public_set(study: Study) -> None:
         public_images(study)
 
 
+def with_absolute_path(study: Study) -> Study:
+    """The same study; its run may go on from another folder, and in another process."""
+    if study.pretrain.path is None:
+        return study
+    path = str(Path(study.pretrain.path).expanduser().resolve())
+    return study.model_copy(update={"pretrain": study.pretrain.model_copy(update={"path": path})})
+
+
 def public_images(study: Study) -> ImageSet:
     """What `pretrain.source` says: phantoms of the study's modality and classes, or the images of `pretrain.path`.
 

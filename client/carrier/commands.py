@@ -1,0 +1,88 @@
+"""The carrier's commands of `synthward-site`: join, carry, doctor.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(help="the carrier's folder", metavar="FOLDER")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make them commands of a command line."""
+    for command in (join, carry, doctor):
+        app.command()(command)
+
+
+def join(
+    folder: Annotated[Path, typer.Argument(help="a new folder for the carrier", metavar="FOLDER")],
+    invitation: Annotated[Path, typer.Option(help="as the coordinator sent it", metavar="invitation.json")],
+    fingerprint: Annotated[str, typer.Option(help="of the invitation, as the coordinator reads it out by telephone")],
+    name: Annotated[str, typer.Option(help="what the coordinator is to call this hospital")],
+    socket: Annotated[Path, typer.Option(help="of `synthward-site serve`")] = Path("/run/synthward/site.sock"),
+) -> None:
+    """Make the carrier's key and settings. The key stays here; the coordinator gets NAME.pub.
+
+    With a newer invitation for the same folder: the key stays, what is believed is replaced.
+
+    Example: synthward-site join carrier --invitation invitation.json --fingerprint "1f2e 3d4c ..." --name hospital-a
+    """
+    from client.carrier import folder as folders
+    from common.invitation import load_invitation, require_same
+
+    given = load_invitation(invitation)
+    remedy = "Do not join; ask the coordinator by telephone what they sent."
+    require_same(fingerprint, given.fingerprint, where=str(invitation), remedy=remedy)
+    carrier = folders.join(folder, given, name=name, socket=socket)
+    print(f"{carrier.path}: joined {given.coordinator}; it answers to {len(given.bundles)} app bundle(s)")
+    print(f"{carrier.public}: send this to the coordinator, and read to them by telephone:")
+    print(f"  fingerprint  {carrier.fingerprint}")
+    print(f"Then: synthward-site carry {folder}")
+
+
+def carry(folder: Folder) -> None:
+    """Carry requests and answers between the coordinator and `synthward-site serve`, until stopped.
+
+    Run it as a user of its own, which may open the site's socket and nothing else of the site.
+
+    Example: synthward-site carry carrier
+    """
+    from client.carrier.carry import carry as keep_carrying
+    from client.carrier.folder import load_carrier
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: stop.set())
+    keep_carrying(load_carrier(folder), stop, _say)
+    _say("stopped")
+
+
+def doctor(folder: Folder) -> None:
+    """Check what a carrier needs: key, clock, disk, memory, the way to the coordinator, the site's socket.
+
+    Exit code 1 when something is amiss.
+
+    Example: synthward-site doctor carrier
+    """
+    from client.carrier.doctor import findings
+    from client.carrier.folder import load_carrier
+
+    amiss = 0
+    for finding in findings(load_carrier(folder)):
+        print(finding.line, flush=True)
+        amiss += not finding.good
+    if amiss:
+        raise SystemExit(1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

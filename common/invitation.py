@@ -1,0 +1,84 @@
+"""What a coordinator gives every hospital so that its carrier finds the way, and how both compare what they hold.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import DataError
+from common.files import canonical_json
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}"
+_MOST_BYTES = 100_000
+
+
+class Invitation(BaseModel):
+    """The way to a coordinator; nothing of it is secret, but who replaces it on its way stands between the two.
+
+    Attributes:
+        coordinator: host and port of the proxy.
+        certificate: of the coordinator's own authority, PEM.
+        bundles: SHA-256 of the app bundles that a carrier is to answer to.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coordinator: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$", max_length=260)]
+    certificate: Annotated[
+        str, Field(pattern=r"^-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n$")
+    ]
+    bundles: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...], Field(min_length=1, max_length=100)
+    ]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(canonical_json(self.model_dump(mode="json")).encode())
+
+
+def load_invitation(path: Path) -> Invitation:
+    """Read an invitation.
+
+    Raises:
+        DataError: it is none.
+    """
+    remedy = "Ask the coordinator for invitation.json again."
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=str(path), remedy=remedy) from error
+    try:
+        if len(data) > _MOST_BYTES:
+            raise ValueError("too large")
+        return Invitation.model_validate(json.loads(data))
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise DataError(f"not an invitation: {field}", where=str(path), remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError("not an invitation", where=str(path), remedy=remedy) from error
+
+
+def fingerprint(data: bytes) -> str:
+    """The first 128 bits of SHA-256 in eight groups, as two people read it to each other by telephone."""
+    digits = hashlib.sha256(data).hexdigest()[:32]
+    return " ".join(digits[at : at + 4] for at in range(0, 32, 4))
+
+
+def require_same(said: str, own: str, *, where: str, remedy: str) -> None:
+    """Hold a fingerprint that somebody heard against the one computed here; blanks, dashes and case do not count.
+
+    Raises:
+        DataError: they differ.
+    """
+    plain = re.sub(r"[\s:-]", "", said).lower()
+    if plain != own.replace(" ", ""):
+        raise DataError(f"the fingerprint is {own}, not the one given", where=where, remedy=remedy)

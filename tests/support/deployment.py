@@ -1,0 +1,210 @@
+"""A coordinator and hospitals on loopback, by their own commands and as separate processes, as real ones run them.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.study_file import load_study
+from server.launch import write_site_files
+from support.paths import REPOSITORY
+
+SECONDS = 240.0
+
+
+def why_not() -> str:
+    """What this machine lacks for a deployment; empty when nothing."""
+    found = shutil.which("nginx") or Path("/usr/sbin/nginx").exists()
+    return "" if found else "nginx is not installed (apt install nginx-light)"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(program: str, *arguments: object, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run `synthward` or `synthward-site` to its end."""
+    module = {"synthward": "server.cli", "synthward-site": "client.cli"}[program]
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=False,
+        timeout=seconds, env=environment(), cwd="/",
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def worked(result: subprocess.CompletedProcess[str]) -> str:
+    """Standard output of a command that has to have worked."""
+    assert result.returncode == 0, (result.args, result.stdout, result.stderr)
+    return result.stdout
+
+
+@dataclass
+class Running:
+    """A command that goes on, and what it has written so far."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, words: str, *, seconds: float = SECONDS) -> str:
+        """All it has said, once that is in it."""
+        wait(lambda: words in self.said(), f"{words!r} was not said", lambda: self.said()[-3000:], seconds=seconds)
+        return self.said()
+
+    def end(self, number: int = signal.SIGTERM, *, seconds: float = 60.0) -> int:
+        """Signal it, and its exit code."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+def wait(until: Callable[[], object], what: str, more: Callable[[], str] = str, *, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, f"{what} within {seconds:.0f} s\n{more()}"
+        time.sleep(0.3)
+
+
+@dataclass
+class Party:
+    """One hospital: its site file, its carrier's folder, and the two processes."""
+
+    site: Path
+    carrier: Path
+    serve: Running | None = None
+    carry: Running | None = None
+
+
+@dataclass
+class Loopback:
+    """A whole deployment in one folder.
+
+    Attributes:
+        ended: all that was started; `close` ends it.
+    """
+
+    folder: Path
+    study: Path
+    hospitals: list[Party] = field(default_factory=list)
+    started: list[Running] = field(default_factory=list)
+    up: Running | None = None
+
+    @property
+    def coordinator(self) -> Path:
+        return self.folder / "coordinator"
+
+    def start(self, module: str, *arguments: object, name: str) -> Running:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)], stdout=out, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env=environment(), cwd="/", start_new_session=True,
+            )  # fmt: skip
+        self.started.append(Running(process, log))
+        return self.started[-1]
+
+    def begin(self) -> str:
+        """Make the coordinator's folder; the invitation's fingerprint."""
+        out = worked(command("synthward", "deploy", "init", self.coordinator, "--host", "localhost", "--listen",
+                             "127.0.0.1", "--port", free_port(), "--superlink-port", free_port()))  # fmt: skip
+        return fingerprint(out)
+
+    def services(self) -> Running:
+        self.up = self.start("server.cli", "deploy", "up", self.coordinator, name="up")
+        self.up.wait_for("ready:")
+        return self.up
+
+    def hospital(self, site: Path, said: str) -> Party:
+        """A hospital that has approved the study, serves its records, and whose carrier is admitted and runs."""
+        name, party = site.stem, Party(site, self.folder / f"{site.stem}-carrier")
+        worked(command("synthward-site", "init", site))
+        worked(command("synthward-site", "approve", site, "--study", self.study, "--by", "Dr. A. Example"))
+        out = worked(command(
+            "synthward-site", "join", party.carrier, "--invitation", self.coordinator / "invitation.json",
+            "--fingerprint", said, "--name", name, "--socket", self.folder / "sockets" / f"{name}.sock",
+        ))  # fmt: skip
+        worked(command("synthward", "deploy", "admit", self.coordinator, party.carrier / f"{name}.pub", "--fingerprint",
+                       fingerprint(out)))  # fmt: skip
+        self.serve(party)
+        self.carry(party)
+        self.hospitals.append(party)
+        return party
+
+    def serve(self, party: Party) -> None:
+        sockets = self.folder / "sockets"
+        name = f"{party.site.stem}-serve"
+        party.serve = self.start("client.cli", "serve", party.site, "--sockets", sockets, name=name)
+        party.serve.wait_for("ready:")
+
+    def carry(self, party: Party) -> None:
+        party.carry = self.start("client.cli", "carry", party.carrier, name=f"{party.site.stem}-carry")
+
+    def site_files(self) -> list[Path]:
+        """One for each site that the study simulates, with phantoms."""
+        return write_site_files(self.folder / "sites", load_study(self.study), None)
+
+    def run(self, *arguments: object) -> Running:
+        return self.start("server.cli", "deploy", "run", self.coordinator, *arguments, name="run")
+
+    def run_folder(self) -> Path:
+        (run,) = (self.coordinator / "runs").iterdir()
+        return run
+
+    def status(self) -> dict:
+        return json.loads(worked(command("synthward", "deploy", "status", self.coordinator, "--json")))
+
+    def superlink(self) -> int:
+        """Its process."""
+        own = [child for child in _children(self.up) if "flower-superlink" in " ".join(_line(child))]
+        assert len(own) == 1, own
+        return own[0]
+
+    def close(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for running in reversed(self.started):
+                with suppress(ProcessLookupError):
+                    running.process.send_signal(number)
+            for running in self.started:
+                with suppress(subprocess.TimeoutExpired):
+                    running.process.wait(40)
+
+
+def fingerprint(output: str) -> str:
+    """The one that a command has printed."""
+    found = re.search(r"fingerprint +((?:[0-9a-f]{4} ?){8})", output)
+    assert found, output
+    return found.group(1).strip()
+
+
+def _children(running: Running | None) -> list[int]:
+    import psutil
+
+    assert running is not None
+    return [child.pid for child in psutil.Process(running.process.pid).children()]
+
+
+def _line(pid: int) -> list[str]:
+    import psutil
+
+    return psutil.Process(pid).cmdline()

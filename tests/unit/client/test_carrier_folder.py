@@ -1,0 +1,179 @@
+"""A hospital's carrier: joining, its settings, and the bundles that it does not answer to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from client.app import app as installed
+from client.carrier import carry, clientapp
+from client.carrier.folder import join, load_carrier
+from common.errors import DataError, StorageError
+from common.invitation import Invitation, fingerprint
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+BUNDLE = b"an app"
+INVITATION = Invitation(coordinator="localhost:1", certificate=PEM, bundles=(hashlib.sha256(BUNDLE).hexdigest(),))
+
+
+def _joined(tmp_path: Path, **more):
+    return join(
+        tmp_path / "my carrier", INVITATION, **{"name": "hospital-a", "socket": Path("/run/s/site.sock"), **more}
+    )
+
+
+def test_the_key_is_made_here_and_only_its_public_part_is_to_be_sent(tmp_path):
+    carrier = _joined(tmp_path)
+    assert stat.S_IMODE(carrier.key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(carrier.path.stat().st_mode) == 0o700
+    private = load_ssh_private_key(carrier.key.read_bytes(), None)
+    public = load_ssh_public_key(carrier.public.read_bytes())
+    assert private.public_key().public_numbers() == public.public_numbers()
+    assert carrier.fingerprint == fingerprint(carrier.public.read_bytes().strip())
+    assert load_carrier(carrier.path) == carrier
+
+
+def test_it_is_the_key_that_ssh_keygen_reads(tmp_path):
+    carrier = _joined(tmp_path)
+    out = subprocess.run(["ssh-keygen", "-y", "-f", carrier.key], capture_output=True, text=True, check=False)
+    if out.returncode == 127:
+        pytest.skip("no ssh-keygen")
+    assert out.stdout.split()[:2] == carrier.public.read_text().split()[:2]
+
+
+def test_a_newer_invitation_keeps_the_key(tmp_path):
+    before = _joined(tmp_path)
+    key = before.key.read_bytes()
+    newer = INVITATION.model_copy(update={"bundles": ("1" * 64, "2" * 64), "coordinator": "elsewhere:2"})
+    after = join(before.path, newer, name="hospital-a", socket=Path("/other.sock"))
+    assert after.key.read_bytes() == key
+    assert load_carrier(before.path).config.bundles == ("1" * 64, "2" * 64)
+    with pytest.raises(DataError, match="this is the folder of carrier hospital-a"):
+        join(before.path, newer, name="hospital-b", socket=Path("/other.sock"))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a" * 41, 'a"', "é"])
+def test_names_that_a_coordinator_could_not_show(tmp_path, name):
+    with pytest.raises(DataError, match="--name: must be of letters"):
+        _joined(tmp_path, name=name)
+    assert not (tmp_path / "my carrier").exists()
+
+
+def test_a_folder_that_is_something_else_stays_as_it_is(tmp_path):
+    (tmp_path / "my carrier").mkdir()
+    (tmp_path / "my carrier" / "letter.txt").write_text("mine")
+    with pytest.raises(DataError, match="cannot read the carrier file"):
+        _joined(tmp_path)
+    assert [file.name for file in (tmp_path / "my carrier").iterdir()] == ["letter.txt"]
+
+
+def test_a_key_that_others_may_read_or_that_is_gone(tmp_path):
+    carrier = _joined(tmp_path)
+    carrier.key.chmod(0o640)
+    with pytest.raises(StorageError, match=r"others may read this key.*chmod 600"):
+        load_carrier(carrier.path)
+    carrier.key.unlink()
+    with pytest.raises(DataError, match=r"carrier\.key: is missing"):
+        load_carrier(carrier.path)
+
+
+def test_only_listed_bundles_are_answered(tmp_path):
+    config = _joined(tmp_path).config
+    clientapp.require_listed(BUNDLE, config)
+    with pytest.raises(
+        DataError, match=f"hospital-a does not answer to app bundle {hashlib.sha256(b'other').hexdigest()}"
+    ):
+        clientapp.require_listed(b"other", config)
+
+
+def test_flowers_program_neither_unpacks_a_bundle_nor_loads_an_app_from_it(tmp_path, monkeypatch):
+    """What Flower's own code calls is ours by the time it runs."""
+    carrier, seen = _joined(tmp_path), []
+    monkeypatch.setenv(clientapp.VARIABLE, str(carrier.path))
+    for name in ("install_from_fab", "get_load_client_app_fn"):
+        monkeypatch.setattr(clientapp.flower, name, getattr(clientapp.flower, name))  # put back afterwards
+
+    def flowers_own() -> None:
+        clientapp.flower.install_from_fab(BUNDLE, skip_prompt=True)
+        seen.append(
+            clientapp.flower.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("a", "b", "c")
+        )
+        with pytest.raises(DataError, match="does not answer to app bundle"):
+            clientapp.flower.install_from_fab(b"other", skip_prompt=True)
+
+    monkeypatch.setattr(clientapp, "flwr_clientapp", flowers_own)
+    clientapp.main()
+    assert seen == [installed]
+
+
+@pytest.mark.parametrize("name", ["install_from_fab", "get_load_client_app_fn"])
+def test_a_flower_that_has_renamed_them_runs_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(clientapp.VARIABLE, str(_joined(tmp_path).path))
+    monkeypatch.setattr(clientapp, "flwr_clientapp", lambda: pytest.fail("it ran"))
+    other = "get_load_client_app_fn" if name == "install_from_fab" else "install_from_fab"
+    monkeypatch.setattr(clientapp.flower, other, getattr(clientapp.flower, other))
+    monkeypatch.delattr(clientapp.flower, name)
+    with pytest.raises(SystemExit, match="cannot keep its bundles out"):
+        clientapp.main()
+
+
+def test_flowers_executor_starts_the_program_by_the_name_that_ours_has():
+    """Else Flower's own would run, and unpack what the coordinator ships."""
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+
+    assert TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP] == "flwr-clientapp"
+
+
+def test_ours_is_first_on_the_path_and_flower_is_quiet(tmp_path):
+    carrier = _joined(tmp_path)
+    environment = carry._environment(carrier)
+    first = Path(environment["PATH"].split(os.pathsep)[0])
+    assert first == carrier.path / "state" / "bin"
+    text = (first / "flwr-clientapp").read_text()
+    assert "client.carrier.clientapp" in text and os.access(first / "flwr-clientapp", os.X_OK)
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0" and environment["UV_OFFLINE"] == "1"
+    assert environment["FLWR_HOME"].startswith(str(carrier.path))
+
+
+def test_news_are_told_once():
+    told = []
+    news = carry._News("host:1", told.append)
+    for line in (
+        "Starting",
+        "SuperNode ID: 12",
+        "Connection attempt failed, retrying in 1",
+        "Connection attempt failed",
+        "Connection successful after 2",
+        f"x {clientapp.NOT_LISTED} abc",
+        f"x {clientapp.NOT_LISTED} abc",
+    ):
+        news(line)
+    refused = "refused an app bundle of host:1 that carrier.toml does not list"
+    waiting = "waiting for host:1: it does not answer"
+    assert told == ["online: host:1 let this carrier in", waiting, "online again: host:1", refused]
+
+
+def test_a_socket_whose_path_cannot_be_given_to_flower(tmp_path):
+    carrier = _joined(tmp_path, socket=Path('/run/a"b/site.sock'))
+    with pytest.raises(DataError, match="a path with a quote"):
+        carry._program(carrier, print)
+
+
+def test_why_it_ended_is_said_in_plain_words(tmp_path, monkeypatch):
+    carrier = _joined(tmp_path)
+    monkeypatch.setattr(carry, "reach", lambda *_: _Found("is down", "Wait."))
+    assert carry._why(["x"], carrier) == "is down. Wait."
+    monkeypatch.setattr(carry, "reach", lambda *_: _Found("", ""))
+    assert carrier.fingerprint in carry._why(["a", "[code: 2004] Failed to activate SuperNode."], carrier)
+    assert carry._why(["a", "b"], carrier) == "b" and carry._why([], carrier) == ""
+
+
+class _Found:
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem, self.remedy = problem, remedy
