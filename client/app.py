@@ -25,6 +25,11 @@ SOCKETS_VARIABLE = "SYNTHWARD_SOCKETS"
 ANSWER = "/synthward.Site/Answer"
 
 
+@app.query("canary")
+def handle_canary(message: Message, context: Context) -> Message:
+    return relay(message, context)
+
+
 @app.query("enrol")
 def handle_enrol(message: Message, context: Context) -> Message:
     return relay(message, context)

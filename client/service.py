@@ -31,6 +31,7 @@ from client.privacy.randomness import NoiseSource
 from client.privacy.store import Store
 from client.registry import Registry, holds
 from client.site import Site, SiteConfig, load_site_config
+from client.stages.canary import Blank, canary
 from client.stages.enrol import enrol
 from client.stages.features import features
 from client.stages.moments import moments
@@ -41,6 +42,7 @@ from common.locks import held
 from common.protocol import (
     Answer,
     Arrays,
+    CanaryRequest,
     Refusal,
     Request,
     Spent,
@@ -84,7 +86,7 @@ class SiteService:
                 self._require_same(config, ledger)
                 gate = self._gate(config, ledger, request, identity(data))
                 try:
-                    released = self._released(gate, request, rest)
+                    released = self._released(gate, request, rest, config.performance.max_message_mb << 20)
                 finally:
                     self._note(config, ledger)
                 with gate.still():  # last of all: beside a sealed answer a site may have worked for hours
@@ -114,12 +116,14 @@ class SiteService:
         except StorageError as error:
             self._log(error)
 
-    def _released(self, gate: Gate, request: Request, rest: bytes) -> Released:
+    def _released(self, gate: Gate, request: Request, rest: bytes, most_bytes: int) -> Released | Blank:
         study, ledger = request.agreement.study, gate.ledger
         try:
             approval = gate.admit()
             arrays = decode_arrays(rest, "request")
             site = Site.approved(self.path, study, ledger, approval)
+            if isinstance(request, CanaryRequest):
+                return canary(gate, request, most_bytes=most_bytes)
             return gate.stored() or STAGES[request.stage](site, gate, request, arrays)
         except NotApproved:  # nobody's study: no entry, or thirty studies would make thirty
             raise

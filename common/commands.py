@@ -55,7 +55,8 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter gets its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app.callback()(_with_version)  # also keeps the name of a command that is the only one
+    if isinstance(app, typer.Typer) and len(app.registered_commands) + len(app.registered_groups) > 1:  # else the one command would get a name
+        app.callback()(_with_version)
     try:
         app(prog_name=program, standalone_mode=False)
         _written_out()

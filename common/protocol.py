@@ -53,6 +53,18 @@ class Agreement(Part):
         return study.agreed()
 
 
+class CanaryRequest(Part):
+    """Asks for zeros, and brings some: whether the study's largest messages get through, before anything is spent.
+
+    Attributes:
+        numbers: how many the answer is to have, float32.
+    """
+
+    stage: Literal["canary"] = "canary"
+    agreement: Agreement
+    numbers: int = Field(ge=0, le=MAX_MESSAGE_BYTES // 4)
+
+
 class EnrolRequest(Part):
     """Asks for the private class counts of the train partition."""
 
@@ -124,6 +136,12 @@ class SiteFacts(Part):
     random_source: Text
 
 
+class CanaryReply(Part):
+    """arrays["zeros"]: zeros, float32, as many as were asked for."""
+
+    stage: Literal["canary"] = "canary"
+
+
 class EnrolReply(Part):
     """arrays["counts"]: noisy class counts, float64 (classes,)."""
 
@@ -191,8 +209,8 @@ class Unreachable(Part):
     again: bool
 
 
-Request = EnrolRequest | MomentsRequest | FeaturesRequest | TrainRequest | ValidateRequest
-Reply = EnrolReply | MomentsReply | FeaturesReply | TrainReply | ValidateReply | Refusal | Unreachable
+Request = CanaryRequest | EnrolRequest | MomentsRequest | FeaturesRequest | TrainRequest | ValidateRequest
+Reply = CanaryReply | EnrolReply | MomentsReply | FeaturesReply | TrainReply | ValidateReply | Refusal | Unreachable
 
 
 class Answer(Part):

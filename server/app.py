@@ -34,7 +34,8 @@ def main(grid: Grid, context: Context) -> None:
         "another process works on this run", where=str(folder.path), remedy="Wait for it, or end it."
     )
     with held(folder.path / "run.lock", busy=busy):
-        pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder))
+        hoped = int(context.run_config.get("sites", 0) or 0)
+        pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder), hoped=hoped)
 
 
 def run_folder(context: Context) -> RunFolder:
@@ -43,7 +44,7 @@ def run_folder(context: Context) -> RunFolder:
     Everything that the study names is tried before, so that no site is asked for a study that cannot come to its end.
 
     Run config: `run-dir` = an existing run folder to go on with, or empty; `study` = the study file for a new one;
-    `out` = where new run folders are made.
+    `out` = where new run folders are made; `sites` = how many may take part at best.
     """
     given = str(context.run_config.get("run-dir", "")) or os.environ.get(RUN_VARIABLE, "")
     if given:

@@ -2,8 +2,8 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-enrol → features → moments → train → generate → validate → release. Each takes up what was kept: a round that has a
-checkpoint, a batch of images, an answer that a site has stored, is never made or paid for twice.
+canary → enrol → features → moments → train → generate → validate → release. Each takes up what was kept: a round that
+has a checkpoint, a batch of images, an answer that a site has stored, is never made or paid for twice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
 from server.progress import Progress
 from server.session import Session
+from server.stages.canary import canary
 from server.stages.enrol import enrol
 from server.stages.features import features
 from server.stages.generate import generate
@@ -32,12 +33,13 @@ from server.stages.train import train
 from server.stages.validate import validate
 
 
-def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
+def run(folder: RunFolder, group: SiteGroup, progress: Progress, *, hoped: int = 0) -> Path:
     """Run, or go on with, a study.
 
     Args:
         folder: the run's folder, with study and plan in it.
         group: the sites.
+        hoped: how many of them there may be at best.
 
     Returns:
         The path of the report.
@@ -45,13 +47,13 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress) -> Path:
     Raises:
         SynthwardError: with everything saved that was finished; the run can be resumed.
     """
-    session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress)
+    session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress, hoped=hoped)
     own = psutil.Process()  # who follows the run sees by these whether it lives
     folder.event("begin", study=session.agreement.study.sha256, pid=own.pid, since=own.create_time())
     began = time.monotonic()
     try:
         with _peak_memory() as largest:
-            enrol(session)
+            enrol(session, canary(session, session.online()))
             teacher = features(session)
             moments(session, teacher)
             state = train(session)

@@ -30,6 +30,7 @@ class Session:
     Attributes:
         members: by node, the sites that are enrolled.
         known: by node, the names of sites that took part in an earlier process of this run.
+        hoped: how many sites there may be at best; they are waited for a little longer.
     """
 
     agreement: Agreement
@@ -38,6 +39,23 @@ class Session:
     progress: Progress
     members: dict[int, Member] = field(default_factory=dict)
     known: dict[int, str] = field(default_factory=dict)
+    hoped: int = 0
+
+    def online(self) -> list[int]:
+        """Nodes of the sites, once enough are online.
+
+        Raises:
+            FederationError: too few are.
+        """
+        before = self.folder.result("enrol") or {}
+        self.known = {site["node"]: name for name, site in before.items() if "node" in site}
+        # Simulated sites all come up, and admitted carriers are hoped for; then the quorum is enough.
+        simulated = len(list((self.folder.path / "sites").glob("site-*.toml")))
+        least = simulated or self.agreement.study.federation.min_sites
+        return self.group.wait_for(
+            least, hoped=self.hoped, known=self.known,
+            on_wait=lambda missing, left: self.progress.wait("online", f"waiting, {left:.0f} s at most: {missing}"),
+        )  # fmt: skip
 
     def ask(
         self, step: str, requests: Requests, body: type[B], screen: Screen[B], *, may_run_out: bool = False

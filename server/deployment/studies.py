@@ -42,7 +42,7 @@ def begin(deployment: Deployment, study: Study) -> RunFolder:
     """
     from common.accounting import plan_study
 
-    admitted = len(list((deployment.path / "sites").glob("*.pub")))
+    admitted = _admitted(deployment)
     if admitted < study.federation.min_sites:
         raise StudyError(
             f"{study.federation.min_sites} sites needed, {admitted} admitted", where="federation.min_sites",
@@ -113,13 +113,20 @@ def runs(deployment: Deployment) -> list[RunFolder]:
     return [RunFolder(plan.parent) for plan in sorted(plans, key=lambda plan: plan.stat().st_mtime)]
 
 
+def _admitted(deployment: Deployment) -> int:
+    return len(list((deployment.path / "sites").glob("*.pub")))
+
+
 def _start(deployment: Deployment, folder: RunFolder, watch: _Watch, tell: Callable[[str], None]) -> None:
     """Submit a run folder, and wait for its server app's first word.
 
     Raises:
         FederationError: there is none, and why.
     """
-    file, settings = folder.path / "flower.toml", tomli_w.dumps({"run-dir": str(folder.path)})
+    file, settings = (
+        folder.path / "flower.toml",
+        tomli_w.dumps({"run-dir": str(folder.path), "sites": _admitted(deployment)}),
+    )
     atomic_write(file, settings.encode())
     number = _submitted(deployment, file, tell)
     atomic_write(file, f"# run {number}\n{settings}".encode())

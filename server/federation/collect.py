@@ -18,6 +18,7 @@ from common.errors import ReplyError
 from common.protocol import (
     Answer,
     Arrays,
+    CanaryReply,
     EnrolReply,
     FeaturesReply,
     MomentsReply,
@@ -35,7 +36,7 @@ from common.text import printable
 from server.federation.members import Member
 from server.federation.sites import Requests, SiteGroup
 
-B = TypeVar("B", EnrolReply, MomentsReply, FeaturesReply, TrainReply, ValidateReply)
+B = TypeVar("B", CanaryReply, EnrolReply, MomentsReply, FeaturesReply, TrainReply, ValidateReply)
 Screen = Callable[[int, B, Arrays], None]  # node, body, arrays; raises ReplyError
 _LONGEST_REASON = 300
 

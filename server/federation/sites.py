@@ -22,8 +22,8 @@ from common.text import printable
 from common.wire import from_record, to_record
 
 MESSAGE_TYPES = {
-    "enrol": "query.enrol", "moments": "query.moments", "features": "query.features", "train": "train",
-    "validate": "evaluate",
+    "canary": "query.canary", "enrol": "query.enrol", "moments": "query.moments", "features": "query.features",
+    "train": "train", "validate": "evaluate",
 }  # fmt: skip
 _FLOWER = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its client app cannot be loaded",
@@ -35,7 +35,7 @@ _FLOWER = {
     ErrorCode.CLIENT_APP_CRASHED: "its client app died",
 }
 _OURS = re.compile(r"common\.errors\.\w+'>:<'(.{1,400})'>", re.DOTALL)  # an error of our carrier's, as Flower wraps it
-_POLL_SECONDS, _TELL_SECONDS = 0.2, 10.0
+_POLL_SECONDS, _TELL_SECONDS, _PATIENCE_SECONDS = 0.2, 10.0, 120.0
 
 Requests = Mapping[int, tuple[Request, Arrays]]  # by node
 
@@ -63,24 +63,26 @@ class SiteGroup:
         self._timeout = timeout_seconds
 
     def wait_for(
-        self, count: int, *, known: Mapping[int, str], on_wait: Callable[[str, float], None]
+        self, count: int, *, known: Mapping[int, str], on_wait: Callable[[str, float], None], hoped: int = 0
     ) -> list[int]:  # fmt: skip
         """Node ids once `count` nodes are online, in a fixed order; waits as long as for an answer.
 
         Args:
+            hoped: how many there may be at best; for these it waits two minutes at most.
             known: by node, the names of sites that took part before.
             on_wait: called now and then with who is missing and how many seconds are left.
 
         Raises:
             FederationError: fewer are online at the deadline; says which of the known ones are not.
         """
-        deadline, told = time.monotonic() + self._timeout, time.monotonic()
+        began = told = time.monotonic()
+        deadline, patience = began + self._timeout, began + min(self._timeout, _PATIENCE_SECONDS)
         while True:
             nodes, now = sorted(self._grid.get_node_ids()), time.monotonic()
-            if len(nodes) >= count:
+            if len(nodes) >= max(count, hoped) or (len(nodes) >= count and now > patience):
                 return nodes
             absent = [known[node] for node in sorted(known) if node not in nodes]
-            missing = f"{len(nodes)} of {count} sites are online"
+            missing = f"{len(nodes)} of {max(count, hoped)} sites are online"
             missing += f"; not online: {', '.join(absent)}" if absent else ""
             if now > deadline:
                 raise FederationError(
@@ -89,7 +91,7 @@ class SiteGroup:
                 )  # fmt: skip
             if now - told > _TELL_SECONDS:
                 told = now
-                on_wait(missing, deadline - now)
+                on_wait(missing, (patience if len(nodes) >= count else deadline) - now)
             time.sleep(_POLL_SECONDS)
 
     def ask(self, requests: Requests, *, seconds: float | None = None) -> Returned:

@@ -11,15 +11,14 @@ from server.federation.screening import LARGEST_COUNT, screen_arrays, screen_nor
 from server.session import Session
 
 
-def enrol(session: Session) -> None:
-    """Ask every node that is online; safe to repeat, since a site answers the same request from its store.
+def enrol(session: Session, nodes: list[int]) -> None:
+    """Ask the nodes that are online; safe to repeat, since a site answers the same request from its store.
 
     Raises:
         FederationError: fewer usable sites than federation.min_sites.
     """
-    nodes = _online(session)
     classes = len(session.agreement.study.data.classes)
-    session.progress.stage("enrol", f"{len(nodes)} sites are online; asking for private class counts")
+    session.progress.stage("enrol", f"asking {len(nodes)} sites for private class counts")
 
     def screen(_node: int, _body: EnrolReply, arrays: Arrays) -> None:
         screen_arrays(arrays, expected={"counts": (classes,)}, dtype="float64")
@@ -60,18 +59,3 @@ def _keep_for_the_claim(session: Session) -> None:
             "node": member.node,
         }  # fmt: skip
     session.folder.keep_result("enrol", ever)
-
-
-def _online(session: Session) -> list[int]:
-    before = session.folder.result("enrol") or {}
-    session.known = {site["node"]: name for name, site in before.items() if "node" in site}
-    return session.group.wait_for(
-        _expected(session), known=session.known,
-        on_wait=lambda missing, left: session.progress.wait("enrol", f"waiting, {left:.0f} s at most: {missing}"),
-    )  # fmt: skip
-
-
-def _expected(session: Session) -> int:
-    """Simulated sites all come up; in a deployment the quorum is enough."""
-    simulated = len(list((session.folder.path / "sites").glob("site-*.toml")))
-    return simulated or session.agreement.study.federation.min_sites

@@ -49,6 +49,17 @@ def test_a_site_that_took_part_before_and_is_not_online_is_named_while_it_waits_
     assert 0 < told[0][1] <= 0.3
 
 
+def test_those_that_are_hoped_for_are_waited_for_a_little_and_the_quorum_is_enough_then(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    told = []
+    monkeypatch.setattr(module, "_TELL_SECONDS", 0.0)
+    late = _group(_Online(3, 5, 9, looks=3), 60)
+    assert late.wait_for(2, hoped=3, known={}, on_wait=lambda *row: told.append(row)) == [3, 5, 9]
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.2)
+    assert _group(_Online(3, 5), 60).wait_for(2, hoped=3, known={}, on_wait=lambda *row: told.append(row)) == [3, 5]
+    assert told[-1][0] == "2 of 3 sites are online" and told[-1][1] <= 0.2
+
+
 def test_where_no_name_is_known_the_number_is_said():
     with pytest.raises(FederationError, match="0 of 2 sites are online after 0 s"):
         _group(_Online()).wait_for(2, known={}, on_wait=lambda *_: None)

@@ -14,11 +14,21 @@ from common.loss_curve import mean_loss, scale
 from common.metrics import vector_length
 from common.model.diffusion_model import initial_weights, load_model, space_of
 from common.model.weights import LARGEST_WEIGHT
-from common.protocol import EnrolReply, FeaturesReply, MomentsReply, Refusal, TrainReply, Unreachable, ValidateReply
+from common.protocol import (
+    CanaryReply,
+    EnrolReply,
+    FeaturesReply,
+    MomentsReply,
+    Refusal,
+    TrainReply,
+    Unreachable,
+    ValidateReply,
+)
 from server.checkpoints import RunFolder
 from server.federation.screening import LARGEST_COUNT
 from server.progress import Progress
 from server.session import Session
+from server.stages.canary import canary, largest_messages
 from server.stages.enrol import enrol
 from server.stages.features import features
 from server.stages.moments import moments
@@ -172,7 +182,7 @@ def test_sites_enrol_with_their_counts_and_stay_in_the_record_of_the_run(tmp_pat
     session.folder.keep_result("enrol", {
         "gone": {"phantoms": False, "random_source": "old"}, "site-1": {"phantoms": True, "random_source": "SEEDED"},
     })  # fmt: skip
-    enrol(session)
+    enrol(session, session.online())
     assert {m.name: m.counts for m in session.members.values()} == {"site-1": [30.0, 10.0], "site-3": [30.0, 30.0]}
     assert session.folder.result("enrol") == {
         "gone": {"phantoms": False, "random_source": "old"},
@@ -186,7 +196,7 @@ def test_counts_that_no_site_can_have_are_dropped(tmp_path):
     study = tiny_study(federation={"min_sites": 3})
     session, _, _ = _session(tmp_path, study, _enrol_answers(site_2=vast), members=())
     with pytest.raises(FederationError, match="site-2: counts of norm 2e\\+09, over the bound"):
-        enrol(session)
+        enrol(session, session.online())
 
 
 def _sums(study, value=0.0, **changed):
@@ -310,7 +320,7 @@ def test_a_site_that_is_asked_again_gets_what_is_left_of_the_time_and_keeps_its_
     assert session.agreement.study.federation.min_sites == 2
     session.members.clear()
     with pytest.raises(FederationError, match=r"hospital-b \(node 2, by its carrier\): no answer"):
-        enrol(session)
+        enrol(session, session.online())
     first, *again = sites.seconds
     assert first is None and again and all(0.1 <= left <= 0.5 for left in again) and again == sorted(again)[::-1]
     assert all(asked.keys() == {2} for asked in sites.asked[1:])
@@ -322,4 +332,47 @@ def test_a_site_of_an_earlier_process_is_named_when_it_is_silent_after_a_resume(
     session.folder.keep_result("enrol", {"hospital-b": {"node": 2, "phantoms": True, "random_source": "x"}})
     session.members.clear()
     with pytest.raises(FederationError, match=r"hospital-b \(node 2, as it was known before\): no answer"):
-        enrol(session)
+        enrol(session, session.online())
+
+
+def _canary_answers(study, **changed):
+    _, back = largest_messages(study)
+    good = {"zeros": np.zeros(back, np.float32)}
+    return {n: changed.get(f"site_{n}", answer(n, CanaryReply(), good)) for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    "study", [FEDAVG, FEDSGD, tiny_study(data={"image_size": 32}), tiny_study(network={"width": 32})]
+)
+def test_the_canary_is_as_large_as_the_largest_message_either_way(tmp_path, study):
+    session, sites, _ = _session(tmp_path, study, _canary_answers(study), members=())
+    assert canary(session, [1, 2, 3]) == [1, 2, 3]
+    request, arrays = sites.asked[0][1]
+    there = arrays["zeros"].nbytes
+    assert request.stage == "canary" and there >= sum(a.nbytes for a in initial_weights(study).values())
+    update = _update(study)
+    assert 4 * request.numbers >= sum(a.nbytes for a in update.values())
+    assert 4 * request.numbers >= sum(a.nbytes for a in _sums(study).values())
+    assert not session.members
+
+
+def test_a_site_that_does_not_answer_the_canary_is_not_asked_to_spend(tmp_path):
+    short = answer(2, CanaryReply(), {"zeros": np.zeros(3, np.float32)})
+    session, _, out = _session(tmp_path, FEDAVG, _canary_answers(FEDAVG, site_2=short), members=())
+    assert canary(session, [1, 2, 3]) == [1, 3]
+    assert "canary: site-2 left out" in out.getvalue()
+
+
+def test_too_few_answers_to_the_canary_end_the_run_before_anything_is_spent(tmp_path):
+    session, sites, _ = _session(
+        tmp_path, FEDAVG, _canary_answers(FEDAVG, site_2=b"", site_3="its carrier failed"), members=()
+    )
+    with pytest.raises(FederationError, match="1 usable answers in 'canary', 2 needed"):
+        canary(session, [1, 2, 3])
+    assert {request.stage for asked in sites.asked for request, _ in asked.values()} == {"canary"}
+
+
+def test_there_is_no_canary_once_sites_have_paid(tmp_path):
+    session, sites, _ = _session(tmp_path, FEDAVG, {}, members=())
+    session.folder.keep_result("enrol", {})
+    assert canary(session, [4, 5]) == [4, 5] and not sites.asked
