@@ -21,6 +21,11 @@ import typer
 from common.errors import SynthwardError
 from common.text import printable
 
+EXTRAS = {"synthward": "coordinator", "synthward-site": "site"}  # of pyproject.toml: what a program's commands need
+# What only the extras bring, under the names by which we import it; a test holds this to pyproject.toml.
+OF_EXTRAS = {
+    "jinja2", "matplotlib", "opacus", "PIL", "psutil", "ray", "scipy", "timm", "torch", "torchvision",
+}  # fmt: skip
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 
 
@@ -70,6 +75,11 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
         _end(f"error: {storage_error(error, where)}", 2)
     except Stopped as stop:
         _end(stop.advice or interrupted, 128 + stop.number)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in OF_EXTRAS:
+            raise
+        _end(f"error: {_missing(missing, program)}", 2)
     except (
         Exception
     ) as error:  # typer's own complaint about the command line; anything else is a defect: keep its trace
@@ -93,6 +103,14 @@ def _with_version(
     ] = False,
 ) -> None:
     pass
+
+
+def _missing(module: str, program: str) -> str:
+    extra = EXTRAS[program]
+    return (
+        f"this command needs {module}, which is not installed here: it comes with the extra '{extra}'."
+        f" Install it: pip install 'synthward[{extra}]'"
+    )
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -112,6 +112,9 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from common.study_file import load_study
     from server.synthesis.public_set import check_public_set, with_absolute_path
 
+    if not dry_run:
+        import server.simulation  # noqa: F401 (needs the coordinator's extra: said before a run folder is made)
+
     study = with_absolute_path(load_study(study_path, overrides))
     if study.federation.min_sites > study.simulation.sites:
         raise StudyError(
