@@ -12,6 +12,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -24,7 +25,7 @@ from common.text import printable
 EXTRAS = {"synthward": "coordinator", "synthward-site": "site"}  # of pyproject.toml: what a program's commands need
 # What only the extras bring, under the names by which we import it; a test holds this to pyproject.toml.
 OF_EXTRAS = {
-    "jinja2", "matplotlib", "opacus", "PIL", "psutil", "ray", "scipy", "timm", "torch", "torchvision",
+    "jinja2", "matplotlib", "opacus", "PIL", "ray", "scipy", "timm", "torch", "torchvision",
 }  # fmt: skip
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 
@@ -103,6 +104,17 @@ def _with_version(
     ] = False,
 ) -> None:
     pass
+
+
+def need(*modules: str) -> None:
+    """See that what a long command needs at its end is there before it begins.
+
+    Raises:
+        ModuleNotFoundError: the first that is not.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def _missing(module: str, program: str) -> str:
