@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from support.datasets import good_arrays, write_npz
-from support.images import REPOSITORY, STATE, Image, lacking, make_base, megabytes
+from support.images import Image, lacking, make_base, megabytes
+from support.paths import REPOSITORY
 from support.sites import site_toml
 from support.studies import tiny_toml
 
@@ -46,6 +47,16 @@ def images():
         image.build()
         print(f"{image.name}: built in {time.monotonic() - began:.0f} s")
     return built
+
+
+@pytest.fixture(scope="module")
+def sizes(images):
+    """Megabytes by image, with the base."""
+    found = {}
+    for kind, image in images.items():
+        with image.container() as container:
+            found[kind] = megabytes(container.root)
+    return found
 
 
 @pytest.fixture(params=sorted(LIMITS))
@@ -108,13 +119,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_an_image_is_no_larger_than_said(image, capsys):
-    with image.container() as container:
-        found = megabytes(container.root)
+def test_images_are_no_larger_than_said(sizes, capsys):
     with capsys.disabled():
-        print(f"\n{image.name}: {found} MB")
-    (STATE / f"{image.target}.mb").write_text(f"{found}\n")
-    assert 100 < found <= LIMITS[image.target]
+        print("\n" + "\n".join(f"synthward-{kind}: {found} MB" for kind, found in sizes.items()))
+    assert all(100 < found <= LIMITS[kind] for kind, found in sizes.items())
+    text = (REPOSITORY / "docs" / "containers.md").read_text()
+    said = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) MB \|", text, re.MULTILINE))
+    assert set(said) == set(sizes)
+    assert all(abs(int(said[kind].replace(",", "")) - found) <= 0.05 * found for kind, found in sizes.items())
 
 
 def test_an_image_says_who_runs_it_and_how_its_health_is_seen(image):
@@ -268,14 +280,3 @@ class _Deployment:
 
 def _fingerprint(output):
     return re.search(r"fingerprint +((?:[0-9a-f]{4} ?){8})", output)[1].strip()
-
-
-def test_the_sizes_that_the_docs_say_are_those_that_were_measured(images):
-    said = dict(re.findall(r"^\| `(carrier|site|coordinator)` \|.*?\| ([\d,]+) MB \|", _containers(), re.MULTILINE))
-    for target in LIMITS:
-        found = int((STATE / f"{target}.mb").read_text())
-        assert abs(int(said[target].replace(",", "")) - found) <= 0.05 * found, (target, said, found)
-
-
-def _containers() -> str:
-    return (REPOSITORY / "docs" / "containers.md").read_text()

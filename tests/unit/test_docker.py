@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support import images
 from support.paths import REPOSITORY
 
 DOCKER = REPOSITORY / "docker"
@@ -123,6 +124,18 @@ def _installed(folder, kind, fails="", **environment):
                            check=False, env={"PATH": f"{folder}/bin:/usr/bin:/bin", **environment})  # fmt: skip
     asked = [line.split() for line in (folder / "asked").read_text().splitlines()]
     return asked, ended.returncode, ended.stderr
+
+
+def test_what_a_machine_lacks_to_build_the_images_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "_path", lambda: str(tmp_path))
+    assert images.lacking() == "needs buildah and debootstrap (apt install buildah debootstrap)"
+    for tool in ("buildah", "debootstrap"):
+        (tmp_path / tool).write_text("")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setattr(images.os, "geteuid", lambda: 1000)
+    assert "root" in images.lacking()
+    monkeypatch.setattr(images.os, "geteuid", lambda: 0)
+    assert images.lacking() == ""
 
 
 @pytest.mark.parametrize(("file", "name"), SERVICES)
