@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo deploy-demo test test-all mutations lint fmt report bench-utility clean
+.PHONY: help install demo deploy-demo test test-all docker-test mutations lint fmt report bench-utility clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -43,6 +43,9 @@ test: install    ## everything that is quick: under 10 minutes on two cores
 
 test-all: install  ## also the slow ones
 	@$(BIN)/python -m pytest -m ""
+
+docker-test: install  ## builds the images without a container engine and takes a study through them (root, buildah)
+	@SYNTHWARD_DOCKER_TEST=1 $(BIN)/python -m pytest -m "" -rs tests/docker
 
 mutations: install  ## takes out one guard at a time; the quick tests have to see each (about 15 minutes)
 	@$(BIN)/python tests/mutations.py $(ARGS)

@@ -20,7 +20,6 @@ from client.log import write_error
 from client.privacy.fingerprints import Fingerprints
 from client.privacy.ledger import Approval, Ledger
 from client.privacy.policy import Cohort, SitePolicy
-from client.privacy.randomness import NoiseSource
 from client.registry import open_ledger
 from common.errors import DataError
 from common.images import Units
@@ -68,6 +67,8 @@ class SiteConfig(Settings):
 
     def facts(self) -> SiteFacts:
         """What this site says of itself with every answer; nothing of it depends on records."""
+        from client.privacy.randomness import NoiseSource  # late: `init`, `budget` and others need no torch
+
         source = NoiseSource(self.test_noise_seed).name
         return SiteFacts(name=self.name, phantoms=self.data.source == "phantoms", random_source=source)
 

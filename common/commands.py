@@ -12,6 +12,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -21,6 +22,11 @@ import typer
 from common.errors import SynthwardError
 from common.text import printable
 
+EXTRAS = {"synthward": "coordinator", "synthward-site": "site"}  # of pyproject.toml: what a program's commands need
+# What only the extras bring, under the names by which we import it; a test holds this to pyproject.toml.
+OF_EXTRAS = {
+    "jinja2", "matplotlib", "opacus", "PIL", "ray", "scipy", "timm", "torch", "torchvision",
+}  # fmt: skip
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 
 
@@ -71,6 +77,11 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
         _end(f"error: {storage_error(error, where)}", 2)
     except Stopped as stop:
         _end(stop.advice or interrupted, 128 + stop.number)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in OF_EXTRAS:
+            raise
+        _end(f"error: {_missing(missing, program)}", 2)
     except (
         Exception
     ) as error:  # typer's own complaint about the command line; anything else is a defect: keep its trace
@@ -94,6 +105,25 @@ def _with_version(
     ] = False,
 ) -> None:
     pass
+
+
+def need(*modules: str) -> None:
+    """See that what a long command needs at its end is there before it begins.
+
+    Raises:
+        ModuleNotFoundError: the first that is not.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
+def _missing(module: str, program: str) -> str:
+    extra = EXTRAS[program]
+    return (
+        f"this command needs {module}, which is not installed here: it comes with the extra '{extra}'."
+        f" Install it: pip install 'synthward[{extra}]'"
+    )
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -8,13 +8,15 @@ Shapes: N images, C channels, H×W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.errors import DataError
+
+if TYPE_CHECKING:  # late below: what only reads a ledger comes through here, too
+    import torch
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,14 @@ class Units:
 
 def to_unit(images: NDArray[np.uint8]) -> torch.Tensor:
     """Scale uint8 pixels (..., C, H, W) to float32 in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1.0
 
 
 def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
     """Scale floats (N, C, H, W) from [-1, 1] to uint8; values outside are clamped, NaN becomes mid-grey."""
+    import torch
+
     clean = torch.nan_to_num(images.detach().float(), nan=0.0).clamp(-1.0, 1.0)
     return ((clean + 1.0) * 127.5).round().to(torch.uint8).cpu().numpy()

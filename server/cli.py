@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.commands import need
 from common.commands import run as run_command
 from common.errors import StudyError, SynthwardError
 from server.deployment.commands import app as deploy
@@ -111,6 +112,9 @@ def _start(study_path: Path, data: Path | None, overrides: tuple[str, ...], out:
     from common.preflight import try_study
     from common.study_file import load_study
     from server.synthesis.public_set import check_public_set, with_absolute_path
+
+    if not dry_run:
+        need("ray", "matplotlib")  # before a run folder is made
 
     study = with_absolute_path(load_study(study_path, overrides))
     if study.federation.min_sites > study.simulation.sites:
