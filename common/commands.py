@@ -61,7 +61,9 @@ def run(app: typer.Typer, *, program: str, interrupted: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter gets its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if isinstance(app, typer.Typer) and len(app.registered_commands) + len(app.registered_groups) > 1:  # else the one command would get a name
+    if (
+        isinstance(app, typer.Typer) and len(app.registered_commands) + len(app.registered_groups) > 1
+    ):  # else the one command would get a name
         app.callback()(_with_version)
     try:
         app(prog_name=program, standalone_mode=False)

@@ -134,7 +134,10 @@ def _message(node: int, request: Request, arrays: Arrays, seconds: float) -> Mes
 def _keep(returned: Returned, node: int, reply: Message) -> None:
     if reply.has_error():  # of Flower or its client app; the site's own process answers in its own words
         own = _OURS.search(reply.error.reason or "")
-        what = printable(own.group(1)) if own else _FLOWER.get(reply.error.code, "it failed")
+        if own is not None:  # it waits for its hospital, not for us
+            returned.hopeless[node] = f"no answer from its carrier: {printable(own.group(1))}"
+            return
+        what = _FLOWER.get(reply.error.code, "it failed")
         returned.failures[node] = f"no answer from its carrier: {what} (Flower error {reply.error.code})"
         return
     try:

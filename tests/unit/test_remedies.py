@@ -71,10 +71,29 @@ def test_every_command_that_is_named_exists_and_one_that_is_written_out_is_whole
 
 
 def _parse(command, words, where):
+    if isinstance(command, click.Group):  # `synthward deploy ...`
+        name, _, words = words.strip().partition(" ")
+        assert name in command.commands, f"{where}: no '{command.name} {name}'"
+        if words.strip():
+            _parse(command.commands[name], words, where)
+        return
     try:
         command.make_context(command.name, shlex.split(words)).close()
     except (click.ClickException, ValueError) as error:
         pytest.fail(f"{where}: '{command.name}{words}' is not taken: {error}")
+
+
+@pytest.mark.parametrize(("typed", "whole"), [
+    ("init FOLDER --host localhost", True), ("init FOLDER", False), ("admit FOLDER a.pub --fingerprint X", True),
+    ("admit FOLDER a.pub", False), ("up FOLDER --port 3", False), ("begin FOLDER", False),
+])  # fmt: skip
+def test_it_can_fail_for_commands_of_a_group_too(typed, whole):
+    ((_, program, command, rest),) = [("", *found[1:]) for found in TYPED.findall(f"`synthward deploy {typed}`")]
+    if whole:
+        _parse(COMMANDS[program].commands[command], rest, "here")
+    else:
+        with pytest.raises((pytest.fail.Exception, AssertionError)):
+            _parse(COMMANDS[program].commands[command], rest, "here")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_where_no_name_is_known_the_number_is_said():
 
 
 class _Flower:
-    """A grid that does with the message to each node what a test says: an error's code, a record, or no id at all."""
+    """A grid that does with the message to each node what a test says: an error, a record, or no id at all."""
 
     def __init__(self, by_node):
         self.by_node, self.replies = by_node, {}
@@ -82,6 +82,8 @@ class _Flower:
             numbers.append(number)
             if isinstance(what, int):
                 self.replies[number] = Message(Error(code=what, reason="x"), reply_to=message)
+            elif isinstance(what, bytes):  # the reason of an exception at the node
+                self.replies[number] = Message(Error(code=2, reason=what.decode()), reply_to=message)
             elif isinstance(what, RecordDict):
                 self.replies[number] = Message(what, reply_to=message)
         return numbers
@@ -107,3 +109,18 @@ def test_whatever_flower_does_with_a_message_every_node_has_an_answer_or_a_reaso
     assert "its client app failed (Flower error 2)" in returned.failures[6]
     assert "it failed (Flower error 99)" in returned.failures[7]
     assert set(returned.answers) | set(returned.failures) | set(returned.hopeless) == set(answers)
+
+
+def test_what_our_own_carrier_refuses_is_said_in_its_words_and_not_asked_again(monkeypatch):
+    for name in ("task_id", "run_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    said = (
+        "<class 'common.errors.DataError'>:<'carrier.toml: bundles: x does not answer to app bundle 12\x1b[2J. Ask.'>"
+    )
+    other = "<class 'ValueError'>:<'/srv/secret'>"
+    request = (EnrolRequest(agreement=agreement()), {})
+    returned = _group(_Flower({1: said.encode(), 2: other.encode()}), 60).ask(dict.fromkeys((1, 2), request))
+    assert returned.hopeless == {
+        1: "no answer from its carrier: carrier.toml: bundles: x does not answer to app bundle 12 [2J. Ask."
+    }
+    assert returned.failures == {2: "no answer from its carrier: its client app failed (Flower error 2)"}
