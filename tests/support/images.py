@@ -26,6 +26,7 @@ TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}  # by the Debian pa
 _PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 _FAT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt/lists", "var/cache/apt")
 _CERTIFICATES = Path("/etc/ssl/certs")
+_BUILDAHS_OWN = re.compile(r"^(subprocess exited with|Error: exit) status \d+\n", re.MULTILINE)
 _MEGABYTE = 1_000_000
 
 
@@ -137,6 +138,8 @@ class Image:
     def container(self) -> Iterator[Container]:
         """A container of it, which is thrown away."""
         name = buildah("from", "--pull-never", self.name)
+        for place in self.config["Volumes"] or ():  # buildah puts back, after each command, what a volume had before
+            buildah("config", f"--volume={place}-", name)
         try:
             yield Container(self, name)
         finally:
@@ -161,7 +164,7 @@ class Container:
         """(exit code, output, errors) of one command."""
         ended = self.start(*arguments, mounts=mounts, entry=entry)
         out, error = ended.communicate(timeout=seconds)
-        return ended.returncode, out, error
+        return ended.returncode, out, _BUILDAHS_OWN.sub("", error)
 
     def start(self, *arguments: object, mounts: dict[Path, str] | None = None, entry: bool = True,
               output: IO[str] | None = None) -> subprocess.Popen[str]:  # fmt: skip
