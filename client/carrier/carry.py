@@ -28,6 +28,9 @@ _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "OMP_WAIT_POLICY": "passive",
 }  # fmt: skip
 _ONLINE = re.compile(r"SuperNode ID: (\d+)")
+# A SuperNode (Flower 1.41) that is told in the middle of a message that its run has ended keeps that message, and from
+# then on sends each answer only when the next question has come: with one question at a time, none.
+_BEHIND = "is not in `RUNNING` status. Ignoring"
 _REFUSED, _LOST, _FOUND = "[code: 2004]", "Connection attempt failed", "Connection successful"
 
 
@@ -58,14 +61,18 @@ def _program(carrier: Carrier, tell: Callable[[str], None]) -> Program:
     if not supernode.exists():
         raise DataError(f"no command flower-supernode beside {sys.executable}", remedy="Install synthward there.")
     node = f'site="{_quotable(config.socket)}" name="{config.name}"'
-    command = (
-        str(supernode), "--superlink", config.coordinator, "--root-certificates", str(carrier.authority),
-        "--auth-supernode-private-key", str(carrier.key), "--node-config", node,
-        "--host", "127.0.0.1", "--port", str(_free_port()),
-    )  # fmt: skip
+
+    def command() -> tuple[str, ...]:
+        return (
+            str(supernode), "--superlink", config.coordinator, "--root-certificates", str(carrier.authority),
+            "--auth-supernode-private-key", str(carrier.key), "--node-config", node,
+            "--host", "127.0.0.1", "--port", str(_free_port()),
+        )  # fmt: skip
+
     return Program(
         "the SuperNode", command, _environment(carrier), state / "carrier.log",
         on_line=_News(config.coordinator, tell), why=lambda lines: _why(lines, carrier),
+        restart_on=_BEHIND,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,21 @@ class Deployment:
         except OSError as error:
             raise storage_error(error, path) from error
         made = cls(path, addresses)
-        make_authority(path / "authority.key", made.authority, name=addresses.host)
-        made.renew()
-        made.ship()
-        made.write_flower_settings()
-        atomic_write(path / "deployment.toml", tomli_w.dumps(addresses.model_dump()).encode())  # last: now it is one
+        try:
+            made._fill()
+        except BaseException:
+            for entry in path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            raise
         return made
+
+    def _fill(self) -> None:
+        make_authority(self.path / "authority.key", self.authority, name=self.addresses.host)
+        self.renew()
+        self.ship()
+        self.write_flower_settings()
+        settings = tomli_w.dumps(self.addresses.model_dump()).encode()
+        atomic_write(self.path / "deployment.toml", settings)  # last: now it is one
 
     @classmethod
     def open(cls, path: Path) -> Deployment:

@@ -119,8 +119,8 @@ def _superlink(deployment: Deployment) -> Program:
         "--ssl-keyfile", str(path / "server.key"), "--enable-supernode-auth",
         "--database", str(path / "state" / "superlink.db"), "--disable-runtime-dependency-installation",
     )  # fmt: skip
-    log = path / "state" / "superlink.log"
-    return Program("the SuperLink", (str(command("flower-superlink")), *arguments), deployment.environment(), log)
+    superlink, log = str(command("flower-superlink")), path / "state" / "superlink.log"
+    return Program("the SuperLink", lambda: (superlink, *arguments), deployment.environment(), log)
 
 
 def _proxy(deployment: Deployment) -> Program:
@@ -134,7 +134,7 @@ def _proxy(deployment: Deployment) -> Program:
     file = state / "nginx.conf"
     atomic_write(file, text.encode())
     arguments = (str(found), "-c", str(file), "-e", "stderr")
-    return Program("the proxy", arguments, deployment.environment(), deployment.path / "state" / "proxy.log")
+    return Program("the proxy", lambda: arguments, deployment.environment(), deployment.path / "state" / "proxy.log")
 
 
 def nginx() -> Path:

@@ -25,7 +25,7 @@ def quick(monkeypatch):
 def _program(tmp_path, code: str, **more) -> Program:
     command = (sys.executable, "-c", code)
     return Program(
-        "it", command, {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"}, tmp_path / "log" / "it", **more
+        "it", lambda: command, {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"}, tmp_path / "log" / "it", **more
     )
 
 
@@ -87,13 +87,53 @@ def test_an_end_takes_all_that_it_has_started(tmp_path, quick):
         time.sleep(0.05)
 
 
+def test_what_has_a_group_of_its_own_ends_with_it_too(tmp_path, quick):
+    """Flower's server app has, and went on for hours after its SuperLink was told to end."""
+    lines = []
+    code = ("import subprocess, sys, time\n"
+            "sleep = [sys.executable, '-c', 'import time; time.sleep(100)']\n"
+            "print(subprocess.Popen(sleep, start_new_session=True).pid); time.sleep(100)")  # fmt: skip
+    for how in ("told", "killed"):
+        lines.clear()
+        kept = Kept(_program(tmp_path, code, on_line=lines.append), lambda _: None)
+        _until(lambda: lines, kept)
+        kept._counted = 0.0
+        kept.look()
+        if how == "told":
+            kept.end()
+        else:
+            os.kill(kept.pid, signal.SIGKILL)
+            _until(lambda: not kept.runs, kept)
+            kept.look()
+            kept.end()
+        child = int(lines[0])
+        _until(lambda child=child: not psutil.pid_exists(child) or
+               psutil.Process(child).status() == psutil.STATUS_ZOMBIE, _Nothing())  # fmt: skip
+
+
+class _Nothing:
+    def look(self) -> None:
+        pass
+
+
+def test_what_says_that_it_has_to_be_is_started_anew(tmp_path, quick):
+    told, lines = [], []
+    code = "import os, time; print(os.getpid()); time.sleep(0.3); print('I am stuck'); time.sleep(100)"
+    kept = Kept(_program(tmp_path, code, on_line=lines.append, restart_on="am stuck"), told.append)
+    _until(lambda: len(told) >= 2, kept)
+    kept.end()
+    numbers = [line for line in lines if line.isdigit()]
+    assert len(set(numbers)) >= 2 and not psutil.pid_exists(int(numbers[0]))
+    assert told[0] == "it is started anew, since it would answer no more as it is"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_it_does_not_outlive_who_keeps_it(tmp_path):
     """Killed at once, a keeper ends nothing itself; a program that stayed would hold the port."""
     code = (
         "import sys, time; from pathlib import Path; from common.supervision import Kept, Program\n"
         "command = (sys.executable, '-c', 'import time; time.sleep(100)')\n"
-        f"kept = Kept(Program('it', command, {{}}, Path({str(tmp_path)!r}) / 'l'), print)\n"
+        f"kept = Kept(Program('it', lambda: command, {{}}, Path({str(tmp_path)!r}) / 'l'), print)\n"
         "kept.look(); print(kept.pid, flush=True); time.sleep(100)"
     )
     keeper = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
@@ -110,7 +150,7 @@ def test_it_does_not_outlive_who_keeps_it(tmp_path):
 
 
 def test_a_program_that_is_not_there_is_one_line(tmp_path):
-    kept = Kept(Program("it", ("/no/such/program",), {}, tmp_path / "l"), print)
+    kept = Kept(Program("it", lambda: ("/no/such/program",), {}, tmp_path / "l"), print)
     with pytest.raises(StorageError, match="/no/such/program: cannot be started"):
         kept.look()
 

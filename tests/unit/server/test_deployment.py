@@ -87,6 +87,18 @@ def test_nothing_is_overwritten(made):
         Deployment.create(made.path, made.addresses)
 
 
+def test_a_folder_that_could_not_be_made_whole_is_left_empty(tmp_path, monkeypatch):
+    def fails(*_):
+        raise StorageError("no space left")
+
+    monkeypatch.setattr("server.deployment.folder.build", fails)
+    with pytest.raises(StorageError, match="no space left"):
+        Deployment.create(tmp_path / "new", Addresses(host="localhost"))
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.undo()
+    assert Deployment.create(tmp_path / "new", Addresses(host="localhost")).path == tmp_path / "new"
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"host": "a b"}, "no name of a machine"), ({"host": ""}, "no name"), ({"host": "-x.org"}, "no name"),
     ({"host": 'x"; }'}, "no name"), ({"listen": "everywhere"}, "no IP address"), ({"superlink_port": 8443}, "the same"),
@@ -256,7 +268,7 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(made, port, listen):
     assert text.count("proxy_pass ") == 1 and text.count("location ") == 2
     assert "location / { return 403; }" in text
     assert (f"listen [::1]:{port} ssl" if ":" in listen else f"listen {listen}:{port} ssl") in text
-    assert "proxy_ssl_verify on" in text and program.command[1] == "-c"
+    assert "proxy_ssl_verify on" in text and program.command()[1] == "-c"
 
 
 test_the_proxy_passes_the_fleet_api_and_nothing_else = pytest.mark.skipif(
