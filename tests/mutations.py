@@ -36,6 +36,7 @@ MOMENTS = "tests/unit/common/test_moments.py"
 SENSITIVITY = "tests/statistical/test_sensitivity.py"
 UNITS = "tests/unit/common/test_units.py"
 APPROVAL = "tests/unit/client/test_approval.py"
+CARRIER, CANARY = "tests/unit/client/test_carrier_folder.py", "tests/unit/client/test_canary.py"
 FINGERPRINTS = "tests/unit/client/test_fingerprints.py"
 PROTOCOL = "tests/unit/common/test_protocol.py"
 COLLECT = "tests/unit/server/test_collect.py"
@@ -258,6 +259,22 @@ MUTATIONS = (
        "fcntl.flock(lock, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))", "pass", SOCKETS),
     _m("a socket that somebody else serves is taken", "common/sockets.py", "        _require_free(path)\n", "",
        SOCKETS),
+    # who gets in, and what runs
+    _m("a bundle that is not listed is answered", "client/carrier/clientapp.py", "if found not in config.bundles:",
+       "if False:", CARRIER),
+    _m("a bundle is unpacked and its app is run", "client/carrier/clientapp.py", "setattr(flower, name, ours)", "pass",
+       CARRIER),
+    _m("any fingerprint will do", "common/invitation.py", 'if plain != own.replace(" ", ""):', "if False:",
+       "tests/unit/common/test_invitation.py"),
+    _m("the proxy passes everything", "server/deployment/services.py", "location /v1/fleet/ {{", "location /v1/ {{",
+       "tests/unit/server/test_deployment.py"),
+    _m("the canary answers before approval", "client/service.py", "            approval = gate.admit()\n",
+       "            if isinstance(request, CanaryRequest):\n"
+       "                return canary(gate, request, most_bytes=1 << 30)\n            approval = gate.admit()\n",
+       CANARY),
+    _m("the canary has no bound", "client/stages/canary.py", "4 * request.numbers > most_bytes", "False", CANARY),
+    _m("there is no canary", "server/pipeline.py", "enrol(session, canary(session, session.online()))",
+       "enrol(session, session.online())", "tests/integration/test_study_in_process.py"),
 )  # fmt: skip
 
 

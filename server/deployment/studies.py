@@ -68,9 +68,7 @@ def carry_on(deployment: Deployment, folder: RunFolder, tell: Callable[[str], No
     while not finished(folder):
         if watch.process() is None:
             if losses:
-                tell(
-                    f"Flower lost the run ({watch.why or 'its process is gone'}); starting it again from its checkpoint"
-                )
+                tell("Flower lost the run: its process is gone; starting it again from its checkpoint")
             _start(deployment, folder, watch, tell)
         watch.follow(tell)
         losses = 0 if watch.steps > steps else losses + 1
@@ -94,6 +92,7 @@ def stop(deployment: Deployment, folder: RunFolder) -> None:
         raise CheckpointError(
             "does not run", where=str(folder.path), remedy="`synthward deploy status` shows what does."
         )
+    folder.event("stopped")  # first: who follows it would start it again
     ask(deployment, "stop", file.read_text().partition("\n")[0].removeprefix("# run "), "here")
 
 
@@ -104,7 +103,9 @@ def finished(folder: RunFolder) -> bool:
 
 def alive(folder: RunFolder) -> bool:
     """Whether its server app lives, on this machine."""
-    return _Watch(folder).process() is not None
+    watch = _Watch(folder)
+    watch.skip()
+    return watch.process() is not None
 
 
 def runs(deployment: Deployment) -> list[RunFolder]:
@@ -180,14 +181,12 @@ class _Watch:
 
     Attributes:
         steps: lines of progress so far, over all its processes.
-        failure: the error that the newest process ended with.
-        why: how that process was lost, in words.
+        failure: the error that the newest process ended with, or that it was stopped.
     """
 
     folder: RunFolder
     steps: int = 0
     failure: SynthwardError | None = None
-    why: str = ""
     _read: int = 0
     _process: psutil.Process | None = field(default=None)
 
@@ -197,12 +196,12 @@ class _Watch:
         self.failure = None
 
     def process(self) -> psutil.Process | None:
-        """The server app's, where it lives."""
+        """The server app's, as far as the events were read, where it lives."""
         found = self._process
-        if found is None:
-            self.read(lambda _line: None)
-            found = self._process
-        alive = found is not None and found.is_running() and found.status() != psutil.STATUS_ZOMBIE
+        try:
+            alive = found is not None and found.is_running() and found.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:  # it ends just now
+            alive = False
         return found if alive else None
 
     def follow(self, tell: Callable[[str], None]) -> None:
@@ -237,6 +236,8 @@ class _Watch:
             self.steps += 1
         elif kind == "failed":
             self.failure = _error(event)
+        elif kind == "stopped":
+            self.failure = FederationError("was stopped by `synthward deploy stop`", where=str(self.folder.path))
 
 
 def _process(event: dict[str, Any]) -> psutil.Process | None:

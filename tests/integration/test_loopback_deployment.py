@@ -25,7 +25,7 @@ from support.deployment import Loopback, Running, command, fingerprint, wait, wh
 from support.studies import tiny_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
-ROUNDS = 7
+ROUNDS = 8
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +225,19 @@ def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_f
         assert "the study goes on" in study.run.said()
         study.run = study._resumed()
 
+    def stop_and_resume() -> None:
+        worked(command("synthward", "deploy", "stop", deployment.coordinator, study.folder.path))
+        assert study.run.process.wait(60) == 1 and "was stopped by" in study.run.said(), study.run.said()[-2000:]
+        assert deployment.status()["run"]["state"] != "running"
+        study.run = study._resumed()
+
     study.after_round(1, "SuperLink killed", lambda: os.kill(deployment.superlink(), signal.SIGKILL))
     study.after_round(2, "server app killed", lambda: study.server_app().kill())
     study.after_round(3, "a site's own process killed and started", restart_site)
     study.after_round(4, "a carrier killed and started", restart_carrier)
     study.after_round(5, "nothing gets through for 20 s", cut)
     study.after_round(6, "`deploy run` stopped and started", stop_watching)
+    study.after_round(7, "`deploy stop`, then resumed", stop_and_resume)
     assert study.run.process.wait(400) == 0, study.run.said()[-4000:]
     print(json.dumps(study.times, indent=1))
 
