@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
 from client.carrier.clientapp import NOT_LISTED, VARIABLE
 from client.carrier.folder import Carrier
 from common.errors import DataError
@@ -77,12 +79,13 @@ def _program(carrier: Carrier, tell: Callable[[str], None]) -> Program:
 
 
 def _environment(carrier: Carrier) -> dict[str, str]:
-    """Flower finds the programs that it starts by their names: ours is found before its own."""
+    """Flower finds the programs that it starts for a run by their names: ours is found before each of its own."""
     ours = carrier.path / "state" / "bin"
     line = " ".join(map(shlex.quote, (sys.executable, "-P", "-m", "client.carrier.clientapp")))
-    program = ours / "flwr-clientapp"
-    atomic_write(program, f'#!/bin/sh\nexec {line} "$@"\n'.encode())
-    program.chmod(0o700)
+    for name in TASK_TYPE_TO_COMMAND.values():  # a run says which it wants: `flwr-agentapp` runs code of the bundle, too
+        program = ours / name
+        atomic_write(program, f'#!/bin/sh\nexec {line} "$@"\n'.encode())
+        program.chmod(0o700)
     path = os.pathsep.join([str(ours), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     packages = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -123,11 +124,23 @@ def test_a_flower_that_has_renamed_them_runs_nothing(tmp_path, monkeypatch, name
         clientapp.main()
 
 
-def test_flowers_executor_starts_the_program_by_the_name_that_ours_has():
-    """Else Flower's own would run, and unpack what the coordinator ships."""
-    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+def test_flowers_executor_starts_programs_by_the_names_that_ours_have(tmp_path, monkeypatch):
+    """Else Flower's own would run, and unpack what the coordinator ships; a run of an agent app wants `flwr-agentapp`."""
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor import ExecutionSpec, subprocess_executor
 
-    assert TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP] == "flwr-clientapp"
+    path, started = carry._environment(_joined(tmp_path))["PATH"], []
+    monkeypatch.setattr(subprocess_executor.subprocess, "Popen", lambda line, **_: started.append(line[0]))
+    for kind in TaskType:
+        subprocess_executor.SubprocessExecutor().launch(
+            ExecutionSpec(task_type=kind, runtime_api_address="localhost:1", token="t", insecure=True,
+                          root_certificates_path=None, runtime_dependency_install=False, parent_pid=None,
+                          suppress_output=True, task_id=1, fab_hash=None)
+        )  # fmt: skip
+    assert len(set(started)) == len(TaskType) >= 6
+    for name in started:
+        found = shutil.which(name, path=path)
+        assert found is not None and "client.carrier.clientapp" in Path(found).read_text()
 
 
 def test_ours_is_first_on_the_path_and_flower_is_quiet(tmp_path):
