@@ -81,10 +81,10 @@ def owned(path: Path, kind: str, mode: int = 0o700) -> Path:
     return path
 
 
-def wait_until(what, seconds=120.0):
+def wait_until(what, told=str, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, told()
         time.sleep(0.5)
 
 
@@ -99,7 +99,7 @@ def going_on(container, *arguments, mounts, until):
         return log.read()
 
     try:
-        wait_until(lambda: until in said() or process.poll() is not None)
+        wait_until(lambda: until in said() or process.poll() is not None, said)
         assert process.poll() is None, said()
         yield said
     finally:
@@ -209,7 +209,7 @@ def test_a_study_goes_through_the_containers_to_its_release(images, folder, caps
     with ExitStack() as stack:
         all_of_us = _Deployment(stack, images, folder)
         carriers = [all_of_us.hospital(number) for number in (1, 2, 3)]
-        wait_until(lambda: all("online" in said() for said in carriers))
+        wait_until(lambda: all("online" in said() for said in carriers), lambda: [said() for said in carriers])
         for kind, mounts in (("coordinator", all_of_us.mounts), ("carrier", {})):
             health = images[kind].config["Healthcheck"]["Test"][1:]
             all_of_us.run(kind, *health, mounts=mounts, entry=False)
