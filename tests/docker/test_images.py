@@ -205,7 +205,7 @@ def test_a_site_is_begun_approved_served_and_well_and_its_carrier_reaches_the_so
 
 
 def test_a_study_goes_through_the_containers_to_its_release(images, folder, capsys):
-    """Three hospitals of two containers each, and a coordinator, each as the images start them."""
+    """Three hospitals of two containers each, and a coordinator, as the images start them, on read-only roots."""
     with ExitStack() as stack:
         all_of_us = _Deployment(stack, images, folder)
         carriers = [all_of_us.hospital(number) for number in (1, 2, 3)]
@@ -227,7 +227,9 @@ class _Deployment:
 
     def __init__(self, stack, images, folder):
         self._stack, self._images, self._folder = stack, images, folder
-        self._containers = {kind: stack.enter_context(image.container()) for kind, image in images.items()}
+        self._containers = {
+            kind: stack.enter_context(image.container(read_only=True)) for kind, image in images.items()
+        }
         self._studies = folder / "studies"
         self._studies.mkdir(mode=0o755)
         (self._studies / "study.toml").write_text(tiny_toml())
