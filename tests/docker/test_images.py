@@ -81,10 +81,10 @@ def owned(path: Path, kind: str, mode: int = 0o700) -> Path:
     return path
 
 
-def wait_until(what, seconds=120.0):
+def wait_until(what, told=str, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, told()
         time.sleep(0.5)
 
 
@@ -99,7 +99,7 @@ def going_on(container, *arguments, mounts, until):
         return log.read()
 
     try:
-        wait_until(lambda: until in said() or process.poll() is not None)
+        wait_until(lambda: until in said() or process.poll() is not None, said)
         assert process.poll() is None, said()
         yield said
     finally:
@@ -205,11 +205,11 @@ def test_a_site_is_begun_approved_served_and_well_and_its_carrier_reaches_the_so
 
 
 def test_a_study_goes_through_the_containers_to_its_release(images, folder, capsys):
-    """Three hospitals of two containers each, and a coordinator, each as the images start them."""
+    """Three hospitals of two containers each, and a coordinator, as the images start them, on read-only roots."""
     with ExitStack() as stack:
         all_of_us = _Deployment(stack, images, folder)
         carriers = [all_of_us.hospital(number) for number in (1, 2, 3)]
-        wait_until(lambda: all("online" in said() for said in carriers))
+        wait_until(lambda: all("online" in said() for said in carriers), lambda: [said() for said in carriers])
         for kind, mounts in (("coordinator", all_of_us.mounts), ("carrier", {})):
             health = images[kind].config["Healthcheck"]["Test"][1:]
             all_of_us.run(kind, *health, mounts=mounts, entry=False)
@@ -227,7 +227,9 @@ class _Deployment:
 
     def __init__(self, stack, images, folder):
         self._stack, self._images, self._folder = stack, images, folder
-        self._containers = {kind: stack.enter_context(image.container()) for kind, image in images.items()}
+        self._containers = {
+            kind: stack.enter_context(image.container(read_only=True)) for kind, image in images.items()
+        }
         self._studies = folder / "studies"
         self._studies.mkdir(mode=0o755)
         (self._studies / "study.toml").write_text(tiny_toml())

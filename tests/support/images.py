@@ -27,6 +27,15 @@ _PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 _FAT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt/lists", "var/cache/apt")
 _CERTIFICATES = Path("/etc/ssl/certs")
 _BUILDAHS_OWN = re.compile(r"^(subprocess exited with|Error: exit) status \d+\n", re.MULTILINE)
+# As an engine does it with --read-only. $1 a root, $2 user:group, then what is mounted, --, environment and command.
+_READ_ONLY = r"""
+root=$1 user=$2; shift 2
+for mount in "$@"; do [ "$mount" = -- ] && break; mkdir -p "$root${mount#*:}"; done
+mount --bind "$root" "$root" && mount -o remount,ro,bind "$root" && mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+for shared in /proc /dev /etc/hosts; do mount --rbind "$shared" "$root$shared"; done
+while [ "$1" != -- ]; do mount --bind "${1%%:*}" "$root${1#*:}"; shift; done; shift
+exec chroot --userspec="$user" "$root" env -i "$@"
+"""
 _MEGABYTE = 1_000_000
 
 
@@ -135,13 +144,13 @@ class Image:
         return json.loads(buildah("inspect", "--type=image", self.name))["Docker"]["config"]
 
     @contextmanager
-    def container(self) -> Iterator[Container]:
-        """A container of it, which is thrown away."""
+    def container(self, *, read_only: bool = False) -> Iterator[Container]:
+        """A container of it, which is thrown away; buildah runs its commands, and where its root is read-only we do."""
         name = buildah("from", "--pull-never", self.name)
         for place in self.config["Volumes"] or ():  # buildah puts back, after each command, what a volume had before
             buildah("config", f"--volume={place}-", name)
         try:
-            yield Container(self, name)
+            yield Container(self, name, read_only=read_only)
         finally:
             buildah("rm", name)
 
@@ -149,15 +158,19 @@ class Image:
 class Container:
     """A container whose commands run as the image's own user."""
 
-    def __init__(self, image: Image, name: str) -> None:
-        self._image, self._name = image, name
+    def __init__(self, image: Image, name: str, *, read_only: bool) -> None:
+        self._image, self._name, self._read_only = image, name, read_only
         self.root = Path(buildah("mount", name))
 
     def words(self, arguments: Sequence[object], mounts: dict[Path, str], *, entry: bool = True) -> list[str]:
         """The command line that runs these arguments of the image's entry point, or a command of their own."""
         given = [*(self._image.config["Entrypoint"] if entry else ()), *map(str, arguments)]
-        volumes = [f"--volume={path}:{place}" for path, place in mounts.items()]
-        return ["buildah", *_storage(), "run", *volumes, self._name, "--", *given]
+        volumes = [f"{path}:{place}" for path, place in mounts.items()]
+        if self._read_only:
+            config = self._image.config
+            script = ("unshare", "--mount", "--propagation", "private", "sh", "-c", _READ_ONLY, "sh")
+            return [*script, str(self.root), config["User"], *volumes, "--", *config["Env"], *given]
+        return ["buildah", *_storage(), "run", *(f"--volume={v}" for v in volumes), self._name, "--", *given]
 
     def run(self, *arguments: object, mounts: dict[Path, str] | None = None, entry: bool = True,
             seconds: float = 300) -> tuple[int, str, str]:  # fmt: skip

@@ -73,6 +73,8 @@ app = typer.Typer()
 @app.command()
 def go():
     import no_such_module
+@app.command()
+def stay(): ...
 sys.argv = ["x", "go"]
 run(app, program="synthward", interrupted="")
 """
