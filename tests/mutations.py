@@ -264,6 +264,8 @@ MUTATIONS = (
        "if False:", CARRIER),
     _m("a bundle is unpacked and its app is run", "client/carrier/clientapp.py", "setattr(flower, name, ours)", "pass",
        CARRIER),
+    _m("an agent app of the coordinator's is run", "client/carrier/clientapp.py", "tuple(TASK_TYPE_TO_COMMAND.values())",
+       '("flwr-clientapp",)', CARRIER),
     _m("any fingerprint will do", "common/invitation.py", 'if plain != own.replace(" ", ""):', "if False:",
        "tests/unit/common/test_invitation.py"),
     _m("the proxy passes everything", "server/deployment/services.py", "location /v1/fleet/ {{", "location /v1/ {{",

@@ -14,9 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
-
-from client.carrier.clientapp import NOT_LISTED, VARIABLE
+from client.carrier.clientapp import NOT_LISTED, PROGRAMS, VARIABLE
 from client.carrier.folder import Carrier
 from common.errors import DataError
 from common.files import atomic_write
@@ -82,7 +80,7 @@ def _environment(carrier: Carrier) -> dict[str, str]:
     """Flower finds the programs that it starts for a run by their names: ours is found before each of its own."""
     ours = carrier.path / "state" / "bin"
     line = " ".join(map(shlex.quote, (sys.executable, "-P", "-m", "client.carrier.clientapp")))
-    for name in TASK_TYPE_TO_COMMAND.values():  # a run says which it wants: `flwr-agentapp` runs code of the bundle, too
+    for name in PROGRAMS:  # a run says which it wants: `flwr-agentapp` runs code of the bundle, too
         program = ours / name
         atomic_write(program, f'#!/bin/sh\nexec {line} "$@"\n'.encode())
         program.chmod(0o700)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.clientapp import ClientApp
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp as flower
 
@@ -22,6 +23,7 @@ from client.app import app
 from client.carrier.folder import CarrierConfig, load_carrier
 from common.errors import DataError
 
+PROGRAMS = tuple(TASK_TYPE_TO_COMMAND.values())  # all that Flower starts for a run, by their names
 NOT_LISTED = "does not answer to app bundle"
 VARIABLE = "SYNTHWARD_CARRIER"  # the carrier's folder
 
