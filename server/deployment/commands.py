@@ -238,11 +238,13 @@ def _open(folder: Path) -> Deployment:
 
 def _begun(deployment: Deployment, file: Path) -> RunFolder:
     """A run folder for a study file, after everything that it names was tried."""
+    from common.commands import need
     from common.preflight import try_study
     from common.study_file import load_study
     from server.deployment.studies import begin
     from server.synthesis.public_set import check_public_set, with_absolute_path
 
+    need("matplotlib")  # at the end: the report's charts
     study = with_absolute_path(load_study(file))
     _say(f"{study.study.name}: trying what the study names, and solving for the noise ...")
     try_study(study)

@@ -125,7 +125,7 @@ def test_a_flower_that_has_renamed_them_runs_nothing(tmp_path, monkeypatch, name
 
 
 def test_flowers_executor_starts_programs_by_the_names_that_ours_have(tmp_path, monkeypatch):
-    """Else Flower's own would run, and unpack what the coordinator ships; a run of an agent app wants `flwr-agentapp`."""
+    """Else Flower's own would run, and unpack what the coordinator ships; an agent app's run wants `flwr-agentapp`."""
     from flwr.supercore.constant import TaskType
     from flwr.supercore.superexec.executor import ExecutionSpec, subprocess_executor
 
