@@ -47,10 +47,15 @@ http {{
         ssl_certificate "{folder}/server.crt";
         ssl_certificate_key "{folder}/server.key";
         ssl_protocols TLSv1.2 TLSv1.3;
+        # What Flower gets is what stands here: nginx's own reading of it, which decodes and shortens, is another.
+        if ($request_uri !~ "^/v1/fleet/[a-z-]+$") {{ return 403; }}
         location /v1/fleet/ {{
             limit_except POST {{ deny all; }}
             proxy_pass https://127.0.0.1:{superlink};
             proxy_http_version 1.1;
+            proxy_set_header Host localhost;  # Flower reads the path out of a URL that begins with it
+            proxy_set_header X-Forwarded-For "";
+            proxy_set_header X-Forwarded-Proto "";
             proxy_set_header Connection "";
             proxy_request_buffering off;  # nothing of a model is written here, and nothing waits to be whole
             proxy_max_temp_file_size 0;

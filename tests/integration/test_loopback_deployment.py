@@ -56,7 +56,7 @@ def _post(deployment: Loopback, path: str, body: bytes = b"") -> int:
     connection = HTTPSConnection("localhost", _port(deployment), context=context, timeout=20)
     try:
         connection.putrequest("POST", path, skip_accept_encoding=True)
-        connection.putheader("Content-Type", "application/x-protobuf")
+        connection.putheader("Content-Type", "application/protobuf")
         connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body)
         return connection.getresponse().status
@@ -72,20 +72,17 @@ def _port(deployment: Loopback) -> int:
     "/v1/control/list-nodes", "/v1/control/start-run", "/v1/control/register-node", "/docs", "/openapi.json", "/",
     "/v1/runtime/pull-task-input", "/v1/fleet/../control/list-nodes", "/v1/fleet/%2e%2e/control/list-nodes",
     "/v1/fleet/..%2fcontrol/list-nodes", "/v1/fleet/./../control/list-nodes", "/v1/fleet//../../v1/control/list-nodes",
-    "/V1/FLEET/../control/list-nodes", "//v1/control/list-nodes",
+    "/V1/FLEET/../control/list-nodes", "//v1/control/list-nodes", "/v1/control/list-nodes%3f/../../fleet/x",
+    "/v1/control/list-nodes%23/../../fleet/x", "/v1/control/../fleet/pull-messages", "/v1/fleet/..%252fcontrol/list-nodes",
+    "/v1/fleet/..;/control/list-nodes", "/v1/fleet/pull-messages?x", "/v1/fleet/",
 ])  # fmt: skip
 def test_from_a_hospitals_side_there_is_no_way_to_the_control_api(whole, path):
     assert _post(whole[0], path) in (400, 403)
 
 
-@pytest.mark.parametrize("path", ["/v1/fleet/..%252fcontrol/list-nodes", "/v1/fleet/..;/control/list-nodes"])
-def test_what_the_proxy_takes_for_the_fleet_api_the_superlink_does_not_take_for_another(whole, path):
-    assert _post(whole[0], path) in (400, 403, 404)
-
-
 @pytest.mark.parametrize("call", ["register-node", "activate-node", "pull-messages", "push-messages", "get-fab"])
 def test_the_fleet_api_answers_nobody_without_a_signature(whole, call):
-    assert _post(whole[0], f"/v1/fleet/{call}") in (400, 401, 415, 422)
+    assert _post(whole[0], f"/v1/fleet/{call}") == 401
 
 
 def test_a_carrier_that_is_not_admitted_is_not_let_in(whole):

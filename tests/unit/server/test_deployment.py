@@ -267,6 +267,7 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(made, port, listen):
     text = (made.path / "state" / "proxy" / "nginx.conf").read_text()
     assert text.count("proxy_pass ") == 1 and text.count("location ") == 2
     assert "location / { return 403; }" in text and "location /v1/fleet/ {" in text
+    assert 'if ($request_uri !~ "^/v1/fleet/[a-z-]+$") { return 403; }' in text
     assert (f"listen [::1]:{port} ssl" if ":" in listen else f"listen {listen}:{port} ssl") in text
     assert "proxy_ssl_verify on" in text and program.command()[1] == "-c"
 
