@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.errors import DataError
 from common.files import canonical_json
 
+ADDRESS = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}"
 _MOST_BYTES = 100_000
 
@@ -31,7 +32,7 @@ class Invitation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    coordinator: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$", max_length=260)]
+    coordinator: Annotated[str, Field(pattern=ADDRESS, max_length=260)]
     certificate: Annotated[
         str, Field(pattern=r"^-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n$")
     ]

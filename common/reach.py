@@ -11,7 +11,7 @@ import http.client
 import socket
 import ssl
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 FLEET = "/v1/fleet/send-node-heartbeat"
@@ -54,8 +54,10 @@ def reach(address: str, authority: str, *, path: str = FLEET, by: str | None = N
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
+        if not authority.isascii() or not authority.strip():  # of nothing, Python would make the system's authorities
+            raise ValueError("no certificate")
         context = ssl.create_default_context(cadata=authority)
-    except ssl.SSLError:
+    except (ssl.SSLError, ValueError):  # empty, or no text
         return Reached("the authority's certificate cannot be read", "Join again with the coordinator's invitation.")
     try:
         with (
@@ -65,13 +67,13 @@ def reach(address: str, authority: str, *, path: str = FLEET, by: str | None = N
             return _asked(secure, host, path)
     except ssl.SSLCertVerificationError as error:
         return _not_believed(error, address)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # of a part that is empty or too long
         return Reached(f"no machine is called {host}", "Is the name right, and does this machine find it (DNS)?")
     except TimeoutError:
         return Reached(
             f"{address} does not answer within {_SECONDS:.0f} s", "Is a firewall between? Outgoing, this port."
         )
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, OverflowError, http.client.HTTPException) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         return Reached(
             f"{address} cannot be reached ({why})", "Ask the coordinator whether `synthward deploy up` runs."
@@ -85,9 +87,7 @@ def _asked(secure: ssl.SSLSocket, host: str, path: str) -> Reached:
     secure.sendall(head.encode())
     answer = http.client.HTTPResponse(secure)
     answer.begin()
-    clock = 0.0
-    if answer.headers["Date"]:
-        clock = (parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)) / timedelta(seconds=1)
+    clock = _ahead(answer.headers["Date"])
     if answer.status >= 500:
         return Reached(f"its proxy answers, but Flower behind it does not ({answer.status})",
                        "Ask the coordinator for `synthward deploy status`.", answer.status, days, clock)  # fmt: skip
@@ -95,6 +95,15 @@ def _asked(secure: ssl.SSLSocket, host: str, path: str) -> Reached:
         return Reached(f"the clocks differ by {abs(clock):.0f} s", "Set this machine's clock (NTP).",
                        answer.status, days, clock)  # fmt: skip
     return Reached("", "", answer.status, days, clock)
+
+
+def _ahead(date: str | None) -> float:
+    """Seconds by which a clock is ahead of this one; 0 where it tells no time, whatever else it tells."""
+    try:
+        told = parsedate_to_datetime(str(date))
+        return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def _not_believed(error: ssl.SSLCertVerificationError, address: str) -> Reached:

@@ -130,7 +130,7 @@ class _News:
 
 def _why(lines: list[str], carrier: Carrier) -> str:
     """Why it ended, as far as that can be told from here."""
-    found = reach(carrier.config.coordinator, carrier.authority.read_text())
+    found = reach(carrier.config.coordinator, carrier.authority.read_text(errors="replace"))
     if found.problem:
         return f"{found.problem}. {found.remedy}"
     if any(_REFUSED in line for line in lines):

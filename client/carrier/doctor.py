@@ -31,7 +31,7 @@ def findings(carrier: Carrier) -> Iterator[Finding]:
     yield Finding("disk", free > _LEAST_DISK_GB, f"{free:.0f} GB free", "Free some space.")
     memory = psutil.virtual_memory().available / 1e9
     yield Finding("memory", memory > _LEAST_MEMORY_GB, f"{memory:.0f} GB free", "End other programs.")
-    found = reach(config.coordinator, carrier.authority.read_text())
+    found = reach(config.coordinator, carrier.authority.read_text(errors="replace"))
     yield Finding("coordinator", not found.problem, found.problem or f"{config.coordinator} {found.told}", found.remedy)
     if found.status:
         yield Finding("clock", abs(found.clock) < 30, f"{found.clock:+.0f} s to the coordinator's", "Set it (NTP).")

@@ -23,7 +23,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from common.errors import DataError, StorageError
 from common.files import atomic_write, storage_error
-from common.invitation import NAME, Invitation, fingerprint
+from common.invitation import ADDRESS, NAME, Invitation, fingerprint
 from common.settings import Settings, read_toml, settings_error_line
 
 _HEAD = "# What this hospital's carrier believes. A bundle is an app of the coordinator's, by its SHA-256.\n"
@@ -41,7 +41,7 @@ class CarrierConfig(Settings):
 
     name: Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
     socket: Path
-    coordinator: str
+    coordinator: Annotated[str, StringConstraints(pattern=ADDRESS, max_length=260)]
     bundles: Annotated[tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")], ...], Field(min_length=1)]
 
 

@@ -64,7 +64,7 @@ def _superlink(deployment: Deployment) -> Finding:
 
 def _proxy(deployment: Deployment) -> Iterator[Finding]:
     """As a hospital meets it: its own way in is open, and no other."""
-    address, authority = f"localhost:{deployment.addresses.port}", deployment.authority.read_text()
+    address, authority = f"localhost:{deployment.addresses.port}", deployment.authority.read_text(errors="replace")
     found = reach(address, authority, by=reached(deployment))
     yield Finding("proxy", not found.problem, found.problem or found.told, found.remedy)
     if not found.problem:

@@ -125,3 +125,25 @@ def test_the_certificate_satisfies_openssl_at_its_strictest(made):
 def test_a_finding_moves_no_terminal_and_names_its_remedy_only_where_it_is_needed():
     assert Finding("disk", True, "5 GB free", "Free some.").line == "ok     disk         5 GB free"
     assert Finding("disk", False, "0 GB\x1b[2J", "Free some.").line == "AMISS  disk         0 GB [2J. Free some."
+
+
+@pytest.mark.parametrize("date", ["x", "Mon, 30 Nov 2026 10:00:00 +9999", "Mon, 30 Nov 99999 10:00:00 GMT", "\xff"])
+def test_a_date_that_is_none_is_no_reason_to_fail(made, date):
+    with served(made, date=date) as (port, _):
+        found = reach(f"localhost:{port}", (made / "ca.crt").read_text())
+    assert found.status == 401 and found.clock == 0.0
+
+
+def test_a_date_without_a_zone_is_utc(made):
+    with served(made, date="Mon, 30 Nov 2020 10:00:00 -0000") as (port, _):
+        assert "clocks differ" in reach(f"localhost:{port}", (made / "ca.crt").read_text()).problem
+
+
+@pytest.mark.parametrize("address", ["a..b:443", f"{'x' * 70}.org:443", "localhost:99999"])
+def test_an_address_that_cannot_be_is_said_to_be_so(made, address):
+    assert reach(address, (made / "ca.crt").read_text()).problem
+
+
+@pytest.mark.parametrize("authority", ["", " ", "\ufffd", "-----BEGIN CERTIFICATE-----"])
+def test_an_authority_that_is_none_makes_nobody_believed(authority):
+    assert "cannot be read" in reach("localhost:1", authority).problem
