@@ -94,14 +94,18 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk.
+    """Append one line and flush it to the disk; what a crash left of a line before stays a line of its own.
 
     Raises:
         StorageError: as for `atomic_write`.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("ab+") as file:
+            cut = False
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut = file.read(1) != b"\n"
+            file.write(("\n" * cut + line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

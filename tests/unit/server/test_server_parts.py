@@ -195,6 +195,8 @@ def test_events_cut_by_a_crash_are_passed_over(tmp_path):
     with (folder.path / "events.jsonl").open("a") as file:
         file.write('{"event": "st')
     assert [event["event"] for event in folder.events()] == ["begin"]
+    folder.event("begin")  # who follows the run has to see that one
+    assert [event["event"] for event in folder.events()] == ["begin", "begin"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
