@@ -71,8 +71,8 @@ def dismiss(deployment: Deployment, name: str) -> None:
     found = next((carrier for carrier in carriers(deployment) if carrier.name == name), None)
     if found is None:
         raise DataError("no carrier of that name", where=name, remedy="`synthward deploy status` lists them.")
-    if found.node:
-        ask(deployment, "supernode", "unregister", found.node, "here")
+    for node in [found.node] if found.node else _nobodys(deployment):
+        ask(deployment, "supernode", "unregister", node, "here")
     for file in (_file(deployment, name, "pub"), _file(deployment, name, "node")):
         file.unlink(missing_ok=True)
 
@@ -97,6 +97,12 @@ def online(deployment: Deployment) -> dict[str, str]:
     return {str(row["node-id"]): str(row["status"]) for row in ask(deployment, "supernode", "list", "here")["nodes"]}
 
 
+def _nobodys(deployment: Deployment) -> list[str]:
+    """Nodes that Flower lets in and that no carrier's number stands for, as when a crash came before it was kept."""
+    numbers = {carrier.node for carrier in carriers(deployment)}
+    return [node for node, state in online(deployment).items() if state != "unregistered" and node not in numbers]
+
+
 def register_admitted(deployment: Deployment, tell: Callable[[str], None]) -> None:
     """Tell the SuperLink of every admitted carrier that it does not know.
 
@@ -111,7 +117,10 @@ def register_admitted(deployment: Deployment, tell: Callable[[str], None]) -> No
         told = ask_or_hear(deployment, "supernode", "register", str(file), "here", "--name", carrier.name)
         if told.get("success") is True:
             atomic_write(_file(deployment, carrier.name, "node"), f"{told['node-id']}\n".encode())
-        elif _IN_USE not in str(told.get("error-message")):
+        elif _IN_USE in str(told.get("error-message")):
+            tell(f"warning: Flower knows the key of {carrier.name} already, dismissed or under a number that was lost;"
+                 f" run: synthward deploy dismiss {deployment.path} {carrier.name}; then let it join anew")  # fmt: skip
+        else:
             tell(f"warning: {carrier.name} is not registered: {str(told.get('error-message')).strip()[-200:]}")
 
 

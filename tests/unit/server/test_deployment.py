@@ -247,6 +247,22 @@ def test_a_dismissed_carrier_is_gone(deployment, tmp_path, monkeypatch):
         nodes.dismiss(deployment, "a")
 
 
+def test_a_carrier_whose_number_was_lost_is_shut_out_all_the_same(deployment, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        file, own = _key(tmp_path, name)
+        nodes.admit(deployment, file, said=own)
+    (deployment.path / "sites" / "b.node").write_text("7\n")
+    listed = [{"node-id": "7", "status": "online"}, {"node-id": "8", "status": "online"},
+              {"node-id": "9", "status": "unregistered"}]  # fmt: skip
+    asked, told = [], []
+    monkeypatch.setattr(nodes, "ask", lambda _, *arguments: asked.append(arguments) or {"nodes": listed})
+    monkeypatch.setattr(nodes, "ask_or_hear", lambda *_: {"error-message": "Public key already in use"})
+    nodes.register_admitted(deployment, told.append)
+    assert len(told) == 1 and "deploy dismiss" in told[0]
+    nodes.dismiss(deployment, "a")
+    assert asked[-1] == ("supernode", "unregister", "8", "here") and [c.name for c in nodes.carriers(deployment)] == ["b"]
+
+
 @pytest.mark.parametrize(
     "output", ["", "Traceback ...", "{", "[1]", '{"success": false, "error-message": "a\\nb: no"}', "x {}"]
 )
