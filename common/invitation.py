@@ -5,9 +5,11 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,7 @@ def load_invitation(path: Path) -> Invitation:
     """
     remedy = "Ask the coordinator for invitation.json again."
     try:
+        require_file(path)
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
     except OSError as error:
@@ -66,6 +69,16 @@ def load_invitation(path: Path) -> Invitation:
         raise DataError(f"not an invitation: {field}", where=str(path), remedy=remedy) from error
     except (ValueError, RecursionError) as error:
         raise DataError("not an invitation", where=str(path), remedy=remedy) from error
+
+
+def require_file(path: Path) -> None:
+    """Refuse what a reader could wait at for ever.
+
+    Raises:
+        OSError: it is not there, or no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def fingerprint(data: bytes) -> str:

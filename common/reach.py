@@ -10,6 +10,8 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -64,7 +66,15 @@ def reach(address: str, authority: str, *, path: str = FLEET, by: str | None = N
             socket.create_connection((by or host, int(port)), timeout=_SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
-            return _asked(secure, host, path)
+            late = threading.Timer(_SECONDS, lambda: _end(secure))  # a timeout is of each piece, not of the whole
+            late.start()
+            try:
+                found = _asked(secure, host, path)
+                if late.finished.is_set():  # what was cut off here may look whole
+                    raise TimeoutError
+                return found
+            finally:
+                late.cancel()
     except ssl.SSLCertVerificationError as error:
         return _not_believed(error, address)
     except (socket.gaierror, UnicodeError):  # of a part that is empty or too long
@@ -78,6 +88,12 @@ def reach(address: str, authority: str, *, path: str = FLEET, by: str | None = N
         return Reached(
             f"{address} cannot be reached ({why})", "Ask the coordinator whether `synthward deploy up` runs."
         )
+
+
+def _end(connection: socket.socket) -> None:
+    """End it for whoever reads from it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _asked(secure: ssl.SSLSocket, host: str, path: str) -> Reached:

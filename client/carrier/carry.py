@@ -136,4 +136,4 @@ def _why(lines: list[str], carrier: Carrier) -> str:
     if any(_REFUSED in line for line in lines):
         return (f"{carrier.config.coordinator} does not let it in: its key, fingerprint {carrier.fingerprint},"
                 " is not admitted, or its last connection is not a minute old yet")  # fmt: skip
-    return lines[-1] if lines else ""
+    return f"{carrier.path / 'state' / 'carrier.log'} says why"  # its words may be the coordinator's

@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tomli_w
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
 from pydantic import Field, StringConstraints, ValidationError
 
 from common.errors import DataError, StorageError
@@ -88,6 +96,8 @@ def join(path: Path, invitation: Invitation, *, name: str, socket: Path) -> Carr
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
+            if not (path / "carrier.toml").exists() and (path / "carrier.key").exists():
+                raise DataError("a `join` was cut off here", where=str(path), remedy="Remove this folder; join anew.")
             before = load_carrier(path)
             if before.config.name != name:
                 raise DataError(f"this is the folder of carrier {before.config.name}", where=str(path),
@@ -121,6 +131,14 @@ def load_carrier(path: Path) -> Carrier:
             raise DataError("is missing", where=str(needed), remedy="Put it back, or join anew in another folder.")
     if carrier.key.stat().st_mode & 0o077:
         raise StorageError("others may read this key", where=str(carrier.key), remedy=f"chmod 600 {carrier.key}")
+    try:
+        private = load_ssh_private_key(carrier.key.read_bytes(), None)
+        whole = private.public_key() == load_ssh_public_key(carrier.public.read_bytes())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        whole = False
+    if not whole:
+        raise DataError(f"is damaged, or not the key of {carrier.public.name}", where=str(carrier.key),
+                        remedy="Put both back from a backup, or join anew in another folder.")  # fmt: skip
     return carrier
 
 

@@ -41,10 +41,15 @@ def make_server_certificate(authority_key: Path, authority: Path, key_file: Path
     Args:
         host: a name, or an IP address.
     """
-    signer = serialization.load_pem_private_key(authority_key.read_bytes(), None)
-    issuer = x509.load_pem_x509_certificate(authority.read_bytes())
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise DataError("not a key of ours", where=str(authority_key), remedy="Make the deployment anew.")
+    remedy = "Put both back from a backup."
+    try:
+        signer = serialization.load_pem_private_key(authority_key.read_bytes(), None)
+        issuer = x509.load_pem_x509_certificate(authority.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError("the authority's key or certificate cannot be read", where=str(authority_key),
+                        remedy=remedy) from error  # fmt: skip
+    if not isinstance(signer, ec.EllipticCurvePrivateKey) or signer.public_key() != issuer.public_key():
+        raise DataError("is not the key of authority.crt", where=str(authority_key), remedy=remedy)
     key = ec.generate_private_key(ec.SECP384R1())
     names = dict.fromkeys((host, "localhost", "127.0.0.1"))
     builder = _builder(_named(host), issuer.subject, key.public_key(), days=_SERVER_DAYS)

@@ -78,7 +78,8 @@ class Deployment:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
-                raise StorageError("exists already and is not empty", where=str(path), remedy="Give a new folder.")
+                raise StorageError("exists already and is not empty", where=str(path),
+                                   remedy="Give a new folder; or empty it, where an `init` was cut off.")  # fmt: skip
             path.chmod(0o700)
             for name in ("sites", "runs", "state"):
                 (path / name).mkdir()
@@ -124,7 +125,13 @@ class Deployment:
         make_server_certificate(*files, host=self.addresses.host)
 
     def ship(self) -> str:
-        """Copy the installed code into app/, bundle it and write the invitation; the bundle's SHA-256."""
+        """Copy the installed code into app/, bundle it and write the invitation; the bundle's SHA-256.
+
+        Raises:
+            DataError: authority.crt is damaged; nothing is changed.
+            StorageError: a file cannot be written, or the bundle cannot be built.
+        """
+        self._invitation("0" * 64)
         make_app(self.app)
         data, digest = build(self.app, command("flwr"), self.environment())
         atomic_write(self.path / "app.fab", data)
@@ -133,9 +140,13 @@ class Deployment:
 
     def _invitation(self, bundle: str) -> Invitation:
         host = f"[{self.addresses.host}]" if ":" in self.addresses.host else self.addresses.host
-        return Invitation(
-            coordinator=f"{host}:{self.addresses.port}", certificate=self.authority.read_text(), bundles=(bundle,)
-        )
+        try:
+            return Invitation(
+                coordinator=f"{host}:{self.addresses.port}", certificate=self.authority.read_text(), bundles=(bundle,)
+            )
+        except (OSError, ValueError) as error:  # pydantic's and that of bytes that are no text among them
+            raise DataError("is not a certificate", where=str(self.authority),
+                            remedy="Put it back from a backup.") from error  # fmt: skip
 
     def write_flower_settings(self) -> None:
         """Where Flower's own commands find the SuperLink."""

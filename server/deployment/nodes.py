@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from common.errors import DataError, FederationError
 from common.files import atomic_write
-from common.invitation import NAME, fingerprint, require_same
+from common.invitation import NAME, fingerprint, require_file, require_same
 from server.deployment.flower import ask, ask_or_hear
 from server.deployment.folder import Deployment
 
@@ -81,11 +81,15 @@ def carriers(deployment: Deployment) -> list[Carrier]:
     """All that are admitted, by name."""
     found = []
     for file in sorted((deployment.path / "sites").glob("*.pub")):
-        node = _file(deployment, file.stem, "node")
-        found.append(
-            Carrier(file.stem, fingerprint(_public_key(file)), node.read_text().strip() if node.exists() else "")
-        )
+        found.append(Carrier(file.stem, fingerprint(_public_key(file)), _number(deployment, file.stem)))
     return found
+
+
+def _number(deployment: Deployment, name: str) -> str:
+    """A carrier's node, as it was kept; empty where it was not, or is damaged."""
+    file = _file(deployment, name, "node")
+    text = file.read_bytes().decode(errors="replace").strip() if file.exists() else ""
+    return text if text.isdecimal() else ""
 
 
 def online(deployment: Deployment) -> dict[str, str]:
@@ -109,7 +113,7 @@ def register_admitted(deployment: Deployment, tell: Callable[[str], None]) -> No
     Raises:
         FederationError: the SuperLink does not answer.
     """
-    known = online(deployment)
+    known = {node for node, state in online(deployment).items() if state != "unregistered"}
     for carrier in carriers(deployment):
         if carrier.node in known:
             continue
@@ -146,6 +150,7 @@ def _public_key(file: Path) -> bytes:
     """
     remedy = "Ask the hospital for the .pub file that `synthward-site join` wrote."
     try:
+        require_file(file)
         with file.open("rb") as opened:
             key = load_ssh_public_key(opened.read(_MOST_BYTES))
     except OSError as error:

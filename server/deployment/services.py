@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,9 @@ http {{
     fastcgi_temp_path "{state}/fastcgi";
     uwsgi_temp_path "{state}/uwsgi";
     scgi_temp_path "{state}/scgi";
-    client_max_body_size 32m;  # Flower sends pieces of 5 MB
+    client_max_body_size 16m;  # Flower sends pieces of 5 MB, and reads them before it looks at their signature
+    limit_conn_zone $binary_remote_addr zone=hospitals:1m;
+    limit_conn hospitals 64;
     client_body_timeout 60s;
     server {{
         listen {listen} ssl;
@@ -82,8 +85,11 @@ def up(deployment: Deployment, stop: threading.Event, tell: Callable[[str], None
         StorageError: the folder cannot be written.
     """
     busy = DataError("its services run already", where=str(deployment.path), remedy="Stop those first.")
+    (deployment.path / "state").mkdir(exist_ok=True)
     with held(deployment.path / "state" / "up.lock", busy=busy):
         _warn_of_expiry(deployment, tell)
+        _require_fitting_key(deployment)
+        deployment.write_flower_settings()  # port or folder may be others than they were
         addresses = deployment.addresses
         for host, port in ((addresses.listen, addresses.port), ("127.0.0.1", addresses.superlink_port)):
             _require_free(host, port, deployment.path)
@@ -99,7 +105,7 @@ def _keep(
     deployment: Deployment, services: list[Kept], stop: threading.Event, tell: Callable[[str], None]
 ) -> None:  # fmt: skip
     """Look after the services; whenever the SuperLink has started, tell it whom it may let in."""
-    known, ready = None, False
+    known, ready, warned = None, False, ""
     while not stop.wait(_LOOK_SECONDS):
         for service in services:
             service.look()
@@ -108,7 +114,9 @@ def _keep(
             try:
                 register_admitted(deployment, tell)
             except FederationError as error:  # it is about to end again, or still busy
-                tell(f"warning: {error.what}")
+                if error.what != warned:
+                    warned = error.what
+                    tell(f"warning: {error.what}")
                 continue
             known = superlink.pid
         if not ready and known is not None and listens(reached(deployment), deployment.addresses.port):
@@ -174,8 +182,17 @@ def _require_free(host: str, port: int, folder: Path) -> None:
         except OSError as error:
             raise DataError(
                 f"port {port} cannot be used ({error.strerror})", where=f"{folder}/deployment.toml",
-                remedy="End what uses it, or give another port there, and new invitations.",
+                remedy="End what uses it, or give another port there, and with `deploy ship` a new invitation.",
             ) from error  # fmt: skip
+
+
+def _require_fitting_key(deployment: Deployment) -> None:
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(deployment.certificate, deployment.path / "server.key")
+    except (OSError, ssl.SSLError) as error:
+        raise DataError("is no key, or not of the certificate beside it", where=str(deployment.path / "server.key"),
+                        remedy=f"Run: synthward deploy renew {deployment.path}") from error  # fmt: skip
 
 
 def _warn_of_expiry(deployment: Deployment, tell: Callable[[str], None]) -> None:

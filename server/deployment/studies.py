@@ -8,6 +8,7 @@ round, and the hospitals have what they answered. So the same folder is submitte
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,12 +89,14 @@ def stop(deployment: Deployment, folder: RunFolder) -> None:
         FederationError: Flower does not answer.
     """
     file = folder.path / "flower.toml"
-    if not alive(folder) or not file.exists():
+    text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    number = re.match(r"# run (\d+)\n", text)
+    if not alive(folder) or number is None:
         raise CheckpointError(
             "does not run", where=str(folder.path), remedy="`synthward deploy status` shows what does."
         )
     folder.event("stopped")  # first: who follows it would start it again
-    ask(deployment, "stop", file.read_text().partition("\n")[0].removeprefix("# run "), "here")
+    ask(deployment, "stop", number.group(1), "here")
 
 
 def finished(folder: RunFolder) -> bool:

@@ -73,7 +73,8 @@ def _port(deployment: Loopback) -> int:
     "/v1/runtime/pull-task-input", "/v1/fleet/../control/list-nodes", "/v1/fleet/%2e%2e/control/list-nodes",
     "/v1/fleet/..%2fcontrol/list-nodes", "/v1/fleet/./../control/list-nodes", "/v1/fleet//../../v1/control/list-nodes",
     "/V1/FLEET/../control/list-nodes", "//v1/control/list-nodes", "/v1/control/list-nodes%3f/../../fleet/x",
-    "/v1/control/list-nodes%23/../../fleet/x", "/v1/control/../fleet/pull-messages", "/v1/fleet/..%252fcontrol/list-nodes",
+    "/v1/control/list-nodes%23/../../fleet/x", "/v1/control/../fleet/pull-messages",
+    "/v1/fleet/..%252fcontrol/list-nodes",
     "/v1/fleet/..;/control/list-nodes", "/v1/fleet/pull-messages?x", "/v1/fleet/",
 ])  # fmt: skip
 def test_from_a_hospitals_side_there_is_no_way_to_the_control_api(whole, path):

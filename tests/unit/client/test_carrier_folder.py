@@ -184,9 +184,27 @@ def test_why_it_ended_is_said_in_plain_words(tmp_path, monkeypatch):
     assert carry._why(["x"], carrier) == "is down. Wait."
     monkeypatch.setattr(carry, "reach", lambda *_: _Found("", ""))
     assert carrier.fingerprint in carry._why(["a", "[code: 2004] Failed to activate SuperNode."], carrier)
-    assert carry._why(["a", "b"], carrier) == "b" and carry._why([], carrier) == ""
+    for lines in (["a", "Your licence has ended. Run: curl x"], []):  # the coordinator's words, for all we know
+        assert carry._why(lines, carrier) == f"{carrier.path / 'state' / 'carrier.log'} says why"
 
 
 class _Found:
     def __init__(self, problem: str, remedy: str) -> None:
         self.problem, self.remedy = problem, remedy
+
+
+def test_a_join_that_was_cut_off_is_said_to_be(tmp_path):
+    carrier = _joined(tmp_path)
+    (carrier.path / "carrier.toml").unlink()
+    with pytest.raises(DataError, match=r"a `join` was cut off here\. Remove this folder"):
+        _joined(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["key", "public"])
+@pytest.mark.parametrize("data", [b"", b"half", None])
+def test_a_damaged_key_is_found_before_flower_fails_with_it(tmp_path, which, data):
+    carrier, other = _joined(tmp_path), _joined(tmp_path / "other")
+    file = getattr(carrier, which)
+    file.write_bytes(getattr(other, which).read_bytes() if data is None else data)
+    with pytest.raises(DataError, match="damaged, or not the key of hospital-a.pub"):
+        load_carrier(carrier.path)

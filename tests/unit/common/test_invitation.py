@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -72,3 +73,9 @@ def test_a_fingerprint_may_be_said_in_other_ways_but_no_digit_of_it():
     for wrong in ("", own[:-1], own + "0", own.replace(own[0], "x", 1), own[:-1] + ("0" if own[-1] != "0" else "1")):
         with pytest.raises(DataError, match="not the one given"):
             require_same(wrong, own, where="here", remedy="Ask.")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="not a regular file"):
+        load_invitation(tmp_path / "pipe")

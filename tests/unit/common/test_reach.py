@@ -6,7 +6,8 @@ import http.server
 import socket
 import ssl
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,23 @@ def test_an_address_that_cannot_be_is_said_to_be_so(made, address):
 @pytest.mark.parametrize("authority", ["", " ", "\ufffd", "-----BEGIN CERTIFICATE-----"])
 def test_an_authority_that_is_none_makes_nobody_believed(authority):
     assert "cannot be read" in reach("localhost:1", authority).problem
+
+
+def test_whoever_answers_a_letter_at_a_time_holds_up_nobody(made, monkeypatch):
+    monkeypatch.setattr("common.reach._SECONDS", 1.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made / "crt", made / "key")
+
+    def drip() -> None:
+        with suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True) as one:
+            one.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            for _ in range(100):
+                one.sendall(b"x")
+                time.sleep(0.2)
+
+    threading.Thread(target=drip, daemon=True).start()
+    began = time.monotonic()
+    found = reach(f"localhost:{listener.getsockname()[1]}", (made / "ca.crt").read_text())
+    listener.close()
+    assert found.problem and time.monotonic() - began < 5

@@ -124,8 +124,12 @@ def test_a_finished_run_is_left_alone(folder, deployment, monkeypatch):
 
 
 def test_stopping_what_does_not_run_is_one_line(folder, deployment):
-    with pytest.raises(CheckpointError, match="does not run"):
-        studies.stop(deployment, folder)
+    for data in (None, b"", b"\xff\x00", b"run-dir = 1"):
+        if data is not None:
+            (folder.path / "flower.toml").write_bytes(data)
+        _begin(folder, psutil.Process(os.getpid())) if data is not None else None
+        with pytest.raises(CheckpointError, match="does not run"):
+            studies.stop(deployment, folder)
 
 
 def test_too_few_admitted_hospitals_are_told_before_a_run_folder_is_made(deployment):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -21,12 +22,15 @@ from common.errors import DataError, FederationError, StorageError
 from common.invitation import fingerprint, load_invitation
 from server.deployment import bundle, certificates, flower, nodes, services
 from server.deployment.folder import QUIET, Addresses, Deployment
+from support.deployment import free_port
 from support.paths import REPOSITORY
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Deployment:
-    addresses = Addresses(host="coordinator.example.org", listen="127.0.0.1", port=28443, superlink_port=28444)
+    addresses = Addresses(
+        host="coordinator.example.org", listen="127.0.0.1", port=free_port(), superlink_port=free_port()
+    )
     return Deployment.create(tmp_path_factory.mktemp("dep") / "my coordinator", addresses)
 
 
@@ -58,7 +62,7 @@ def test_a_new_folder_is_shut_to_others_and_says_how_to_reach_it(made):
     for secret in ("authority.key", "server.key"):
         assert stat.S_IMODE((made.path / secret).stat().st_mode) == 0o600
     invitation = load_invitation(made.path / "invitation.json")
-    assert invitation.coordinator == "coordinator.example.org:28443"
+    assert invitation.coordinator == f"coordinator.example.org:{made.addresses.port}"
     assert invitation.certificate == made.authority.read_text()
     assert Deployment.open(made.path).addresses == made.addresses
 
@@ -260,7 +264,9 @@ def test_a_carrier_whose_number_was_lost_is_shut_out_all_the_same(deployment, tm
     nodes.register_admitted(deployment, told.append)
     assert len(told) == 1 and "deploy dismiss" in told[0]
     nodes.dismiss(deployment, "a")
-    assert asked[-1] == ("supernode", "unregister", "8", "here") and [c.name for c in nodes.carriers(deployment)] == ["b"]
+    assert asked[-1] == ("supernode", "unregister", "8", "here") and [c.name for c in nodes.carriers(deployment)] == [
+        "b"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -311,3 +317,54 @@ def test_services_do_not_start_on_a_port_that_is_taken_or_with_an_expired_certif
     assert told and "expires in 10 days" in told[0]
     monkeypatch.undo()
     made.renew()
+
+
+def _copied(made, tmp_path) -> Deployment:
+    shutil.copytree(made.path, tmp_path / "copy")
+    return Deployment(tmp_path / "copy", made.addresses)
+
+
+@pytest.mark.parametrize("data", [b"", b"-----BEGIN", b"\xff\xfe\x00"])
+def test_a_damaged_authority_is_one_line_and_nothing_is_changed(made, tmp_path, data):
+    copy = _copied(made, tmp_path)
+    (copy.path / "authority.crt").write_bytes(data)
+    before = (copy.path / "app.fab").read_bytes(), copy.certificate.read_bytes()
+    with pytest.raises(DataError, match="cannot be read|is not a certificate"):
+        copy.renew()
+    with pytest.raises(DataError, match="is not a certificate"):
+        copy.ship()
+    assert ((copy.path / "app.fab").read_bytes(), copy.certificate.read_bytes()) == before
+
+
+def test_a_key_of_another_authority_signs_nothing(made, tmp_path):
+    copy = _copied(made, tmp_path)
+    certificates.make_authority(copy.path / "authority.key", tmp_path / "other.crt", name="other")
+    with pytest.raises(DataError, match=r"is not the key of authority\.crt"):
+        copy.renew()
+
+
+def test_services_say_that_the_servers_key_is_damaged_and_make_what_is_missing(made, tmp_path):
+    copy = _copied(made, tmp_path)
+    shutil.rmtree(copy.path / "state")
+    (copy.path / "server.key").write_bytes((copy.path / "server.key").read_bytes()[:100])
+    with pytest.raises(DataError, match=r"server\.key: is no key.*deploy renew"):
+        services.up(copy, services.threading.Event(), print)
+    copy.renew()
+    stop = services.threading.Event()
+    stop.set()
+    services.up(copy, stop, print)
+    assert str(copy.path) in (copy.path / "state" / "flower" / "config.toml").read_text()  # it was made elsewhere
+
+
+def test_a_carriers_number_that_is_damaged_is_none(deployment, tmp_path):
+    file, own = _key(tmp_path, "a")
+    nodes.admit(deployment, file, said=own)
+    for data in (b"", b"\xff\x00", b"12x", b"-1"):
+        (deployment.path / "sites" / "a.node").write_bytes(data)
+        assert [carrier.node for carrier in nodes.carriers(deployment)] == [""]
+
+
+def test_a_key_that_is_no_file_is_not_waited_for(deployment, tmp_path):
+    os.mkfifo(tmp_path / "a.pub")
+    with pytest.raises(DataError, match="not a regular file"):
+        nodes.admit(deployment, tmp_path / "a.pub", said="x")
