@@ -22,7 +22,7 @@ from common.errors import DataError, FederationError, StorageError
 from common.invitation import fingerprint, load_invitation
 from server.deployment import bundle, certificates, flower, nodes, services
 from server.deployment.folder import QUIET, Addresses, Deployment
-from support.deployment import free_port
+from support.deployment import free_port, why_not
 from support.paths import REPOSITORY
 
 
@@ -280,6 +280,7 @@ def test_whatever_flower_prints_a_no_is_one_line(made, monkeypatch, output):
     assert "\n" not in str(caught.value) and "deploy up" in caught.value.remedy
 
 
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
 @settings(max_examples=30, deadline=None)
 @given(port=st.integers(1024, 65535), listen=st.sampled_from(["0.0.0.0", "127.0.0.1", "::1", "10.1.2.3"]))
 def test_the_proxy_passes_the_fleet_api_and_nothing_else(made, port, listen):
@@ -292,11 +293,6 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(made, port, listen):
     assert 'if ($request_uri !~ "^/v1/fleet/[a-z-]+$") { return 403; }' in text
     assert (f"listen [::1]:{port} ssl" if ":" in listen else f"listen {listen}:{port} ssl") in text
     assert "proxy_ssl_verify on" in text and program.command()[1] == "-c"
-
-
-test_the_proxy_passes_the_fleet_api_and_nothing_else = pytest.mark.skipif(
-    not services.shutil.which("nginx") and not os.path.exists("/usr/sbin/nginx"), reason="nginx is not installed"
-)(test_the_proxy_passes_the_fleet_api_and_nothing_else)
 
 
 def test_services_do_not_start_on_a_port_that_is_taken_or_with_an_expired_certificate(made, monkeypatch):
@@ -343,6 +339,7 @@ def test_a_key_of_another_authority_signs_nothing(made, tmp_path):
         copy.renew()
 
 
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_services_say_that_the_servers_key_is_damaged_and_make_what_is_missing(made, tmp_path):
     copy = _copied(made, tmp_path)
     shutil.rmtree(copy.path / "state")
