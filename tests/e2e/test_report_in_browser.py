@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from server.release.report import render_report
+from support.browser import browse
 from support.reports import report_inputs
 from support.studies import tiny_study
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
-
-
-@pytest.fixture
-def browser():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine")
-    return found
 
 
 @pytest.fixture
@@ -41,17 +19,10 @@ def page(tmp_path):
     return path
 
 
-def _run(browser, page, tmp_path, *flags):
-    return subprocess.run(
-        [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("width", [1200, 400])
-def test_the_report_renders_in_a_browser_wide_and_narrow(browser, page, tmp_path, width):
+def test_the_report_renders_in_a_browser_wide_and_narrow(page, tmp_path, width):
     shot = tmp_path / "shot.png"
-    _run(browser, page, tmp_path, f"--screenshot={shot}", f"--window-size={width},1400")
+    browse(page, f"--screenshot={shot}", f"--window-size={width},1400")
     assert shot.exists()
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("L"), dtype=float)
@@ -60,8 +31,8 @@ def test_the_report_renders_in_a_browser_wide_and_narrow(browser, page, tmp_path
     assert len(np.unique(pixels)) > 50
 
 
-def test_the_page_says_the_figures_and_escapes_what_it_is_given(browser, page, tmp_path):
-    dom = _run(browser, page, tmp_path, "--dump-dom").stdout
+def test_the_page_says_the_figures_and_escapes_what_it_is_given(page, tmp_path):
+    dom = browse(page, "--dump-dom").stdout
     figures = ("7.25", "0.876 [0.800, 0.900]", "0.765", "12.5", "1234 MB")
     for words in (*figures, "the plan (upper bound", "round 2: site-2", "&lt;b&gt;opacity&lt;/b&gt;"):
         assert words in dom

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
-import shutil
 import sqlite3
-import subprocess
 import threading
 from contextlib import closing
 
@@ -15,6 +13,7 @@ import pytest
 from client.page import render, server
 from client.privacy.ledger import Ceiling, Ledger
 from common.accounting import plan_study
+from support.browser import browse
 from support.sites import open_phantom_site
 from support.studies import tiny_study
 
@@ -113,13 +112,7 @@ def test_reading_writes_nothing(site):
 
 
 def test_a_browser_shows_it(site, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser on this machine")
     (tmp_path / "page.html").write_text(render([site]))
-    found = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    found = browse(tmp_path / "page.html", "--dump-dom")
     assert "Privacy account" in found.stdout
     assert "<polyline" in found.stdout

@@ -42,9 +42,11 @@ def test_the_key_is_made_here_and_only_its_public_part_is_to_be_sent(tmp_path):
 
 def test_it_is_the_key_that_ssh_keygen_reads(tmp_path):
     carrier = _joined(tmp_path)
-    out = subprocess.run(["ssh-keygen", "-y", "-f", carrier.key], capture_output=True, text=True, check=False)
-    if out.returncode == 127:
+    if shutil.which("ssh-keygen") is None:
         pytest.skip("no ssh-keygen")
+    out = subprocess.run(["ssh-keygen", "-y", "-f", carrier.key], capture_output=True, text=True, check=False)
+    if "No user exists" in out.stderr:
+        pytest.skip("ssh-keygen does nothing for a user without an entry in /etc/passwd")
     assert out.stdout.split()[:2] == carrier.public.read_text().split()[:2]
 
 
