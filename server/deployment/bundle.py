@@ -64,7 +64,8 @@ def build(app: Path, flwr: Path, environment: dict[str, str]) -> tuple[bytes, st
     """
     with tempfile.TemporaryDirectory(prefix="synthward-") as scratch:
         command = [str(flwr), "build", "--app", str(app)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch, env=environment)
+        clean = environment | {"PYTHONDONTWRITEBYTECODE": "1"}  # it imports the app, and the folder is what is agreed
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch, env=clean)
         built = [*Path(scratch).glob("*.fab")]
         if result.returncode != 0 or len(built) != 1:
             said = (result.stderr.strip() or result.stdout.strip()).splitlines() or [f"exit code {result.returncode}"]

@@ -82,15 +82,14 @@ def test_nobody_there_is_ill():
         health.answer(address)
 
 
-def test_a_carrier_is_as_well_as_its_supernode(tmp_path):
+def test_a_carrier_is_as_well_as_its_supernode():
     """A process of that name, with a port on which somebody answers, or nobody."""
-    program = tmp_path / "flower-supernode"
-    program.write_text(f"#!{sys.executable}\nimport sys\nprint('on', flush=True)\nsys.stdin.read()\n")
-    program.chmod(0o755)
+    code = "import sys; print('on', flush=True); sys.stdin.read()"
     with _answering(200) as address:
         port = address.split(":")[-1].strip("/")
-        words = [program, "--host", "127.0.0.1", "--port", port]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
+        words = ["flower-supernode", "-c", code, "--host", "127.0.0.1", "--port", port]
+        with subprocess.Popen(words, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True) as node:  # fmt: skip
             assert node.stdout is not None
             node.stdout.readline()
             assert port in [line[line.index("--port") + 1] for line in health.commands("flower-supernode")]
