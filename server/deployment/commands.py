@@ -46,12 +46,14 @@ def init(
     from common.invitation import load_invitation
     from common.settings import settings_error_line
     from server.deployment.folder import Addresses, Deployment
+    from server.deployment.services import require_path_without_blanks
 
     try:
         addresses = Addresses(host=host, port=port, superlink_port=superlink_port, listen=listen)
     except ValidationError as error:
         field, what, remedy = settings_error_line(error, Addresses)
         raise DataError(what, where=f"--{field.replace('_', '-')}", remedy=remedy) from error
+    require_path_without_blanks()
     made = Deployment.create(folder, addresses)
     file = made.path / "invitation.json"
     print(f"{made.path}: written; back it up, its keys are secret")

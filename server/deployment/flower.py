@@ -26,12 +26,18 @@ def ask(deployment: Deployment, *arguments: str) -> dict[str, Any]:
     """
     told = ask_or_hear(deployment, *arguments)
     if told.get("success") is not True:
-        what = printable(str(told.get("error-message") or "no answer")).strip().splitlines()[-1]
+        what = last_words(told)
         raise FederationError(
             f"Flower says: {what}", where=f"flwr {' '.join(arguments[:2])}",
             remedy=f"Are the services up? synthward deploy up {deployment.path}",
         )  # fmt: skip
     return told
+
+
+def last_words(told: dict[str, Any]) -> str:
+    """The last line of Flower's error: those before it say which SuperLink was asked."""
+    lines = [printable(line).strip() for line in str(told.get("error-message") or "").splitlines()]
+    return ([line for line in lines if line] or ["no answer"])[-1][:400]
 
 
 def ask_or_hear(deployment: Deployment, *arguments: str) -> dict[str, Any]:

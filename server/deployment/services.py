@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import DataError, FederationError
@@ -89,6 +90,7 @@ def up(deployment: Deployment, stop: threading.Event, tell: Callable[[str], None
     with held(deployment.path / "state" / "up.lock", busy=busy):
         _warn_of_expiry(deployment, tell)
         _require_fitting_key(deployment)
+        require_path_without_blanks()
         deployment.write_flower_settings()  # port or folder may be others than they were
         addresses = deployment.addresses
         for host, port in ((addresses.listen, addresses.port), ("127.0.0.1", addresses.superlink_port)):
@@ -184,6 +186,19 @@ def _require_free(host: str, port: int, folder: Path) -> None:
                 f"port {port} cannot be used ({error.strerror})", where=f"{folder}/deployment.toml",
                 remedy="End what uses it, or give another port there, and with `deploy ship` a new invitation.",
             ) from error  # fmt: skip
+
+
+def require_path_without_blanks() -> None:
+    """See that Flower can make its database: alembic takes the path of its scripts apart at every blank.
+
+    Raises:
+        DataError: Flower is installed under a path with a blank.
+    """
+    spec = find_spec("flwr")
+    path = str(spec.origin) if spec is not None else ""
+    if " " in path:
+        raise DataError("Flower's SuperLink does not run from a path with a blank", where=path,
+                        remedy="Install synthward in another folder, as /opt/synthward.")  # fmt: skip
 
 
 def _require_fitting_key(deployment: Deployment) -> None:

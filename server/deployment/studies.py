@@ -24,14 +24,13 @@ from common.files import atomic_write
 from common.study import Study
 from common.text import printable
 from server.checkpoints import RunFolder
-from server.deployment.flower import ask, ask_or_hear
+from server.deployment.flower import ask, ask_or_hear, last_words
 from server.deployment.folder import Deployment
 from server.release.bundle import CHECKSUMS
 
 _LOOK_SECONDS, _ASK_SECONDS = 1.0, 10.0
 _START_SECONDS = 180.0  # from submission to the server app's first word
 _MOST_LOSSES = 5  # one after another, without a step between them
-_LONGEST_REASON = 400
 
 
 def begin(deployment: Deployment, study: Study) -> RunFolder:
@@ -157,7 +156,7 @@ def _submitted(deployment: Deployment, file: Path, tell: Callable[[str], None]) 
         answer = ask_or_hear(deployment, "run", str(deployment.app), "here", "--run-config", str(file))
         if answer.get("success") is True:
             return str(answer["run-id"])
-        what = printable(str(answer.get("error-message") or "no answer").strip())[-_LONGEST_REASON:]
+        what = last_words(answer)
         if time.monotonic() > deadline:
             raise FederationError(
                 f"Flower does not take the run ({what})", where="flwr run",

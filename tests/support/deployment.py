@@ -29,6 +29,8 @@ SECONDS = 240.0
 def why_not() -> str:
     """What this machine lacks for a deployment; empty when nothing."""
     found = shutil.which("nginx") or Path("/usr/sbin/nginx").exists()
+    if " " in sys.prefix:
+        return "Flower's SuperLink does not run from a path with a blank"
     return "" if found else "nginx is not installed (apt install nginx-light)"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -351,6 +352,15 @@ def test_services_say_that_the_servers_key_is_damaged_and_make_what_is_missing(m
     stop.set()
     services.up(copy, stop, print)
     assert str(copy.path) in (copy.path / "state" / "flower" / "config.toml").read_text()  # it was made elsewhere
+
+
+def test_a_path_with_a_blank_is_told_before_flower_fails_without_a_word(monkeypatch):
+    spec = SimpleNamespace(origin="/srv/My Clone/.venv/lib/flwr/__init__.py")
+    monkeypatch.setattr(services, "find_spec", lambda _: spec)
+    with pytest.raises(DataError, match="does not run from a path with a blank"):
+        services.require_path_without_blanks()
+    spec.origin = "/opt/synthward/.venv/lib/flwr/__init__.py"
+    services.require_path_without_blanks()
 
 
 def test_a_carriers_number_that_is_damaged_is_none(deployment, tmp_path):
