@@ -95,4 +95,5 @@ def require_same(said: str, own: str, *, where: str, remedy: str) -> None:
     """
     plain = re.sub(r"[\s:-]", "", said).lower()
     if plain != own.replace(" ", ""):
-        raise DataError(f"the fingerprint is {own}, not the one given", where=where, remedy=remedy)
+        # Which it is stays unsaid: it is to be heard, not copied from here.
+        raise DataError("the fingerprint is not the one given", where=where, remedy=remedy)

@@ -72,7 +72,10 @@ class Session:
         """
         collected = self._collected(step, requests, body, screen)
         for site, reason in collected.reasons.items():
-            self.progress.warn(f"{step}: {site} left out: {reason}", site=site)
+            if step == "canary":  # it has given nothing yet, so it is nothing for the report
+                self.progress.wait(step, f"{site} left out: {reason}")
+            else:
+                self.progress.warn(f"{step}: {site} left out: {reason}", site=site)
         least, present = self.agreement.study.federation.min_sites, len(collected.accepted)
         others = len(collected.reasons) - len(collected.exhausted)  # that may answer another time
         if present < least and not (may_run_out and present + others < least):

@@ -43,6 +43,7 @@ def join(
     require_same(fingerprint, given.fingerprint, where=str(invitation), remedy=remedy)
     carrier = folders.join(folder, given, name=name, socket=socket)
     print(f"{carrier.path}: joined {given.coordinator}; it answers to {len(given.bundles)} app bundle(s)")
+    print(f"  socket       {carrier.config.socket} (--socket gives another)")
     print(f"{carrier.public}: send this to the coordinator, and read to them by telephone:")
     print(f"  fingerprint  {carrier.fingerprint}")
     print(f"Then: synthward-site carry {folder}")

@@ -120,6 +120,9 @@ def load_carrier(path: Path) -> Carrier:
         StorageError: others may read its key.
     """
     file = path.absolute() / "carrier.toml"
+    if not file.is_file():
+        remedy = "Give the folder that `synthward-site join` made."
+        raise DataError("no carrier's folder (it has no carrier.toml)", where=str(path), remedy=remedy)
     raw = read_toml(file, what="carrier", error=DataError)
     try:
         carrier = Carrier(path.absolute(), CarrierConfig.model_validate(raw))

@@ -28,7 +28,7 @@ def findings(deployment: Deployment) -> Iterator[Finding]:
     yield Finding("versions", True, f"synthward {version('synthward')}, Flower {version('flwr')}")
     yield _proxy_program()
     days = days_left(deployment.certificate)
-    renew = f"Run: synthward deploy renew {deployment.path}"
+    renew = f"Run: synthward deploy renew {deployment.quoted}"
     yield Finding("certificate", days > _FEW_DAYS, f"{days:.0f} days left", renew)
     free = shutil.disk_usage(deployment.path).free / 1e9
     yield Finding("disk", free > _LEAST_DISK_GB, f"{free:.0f} GB free", "Free some space.")
@@ -48,7 +48,7 @@ def _proxy_program() -> Finding:
 
 
 def _superlink(deployment: Deployment) -> Finding:
-    up = f"Run: synthward deploy up {deployment.path}"
+    up = f"Run: synthward deploy up {deployment.quoted}"
     if not listens("127.0.0.1", deployment.addresses.superlink_port):
         return Finding("SuperLink", False, "not up", up)
     try:

@@ -29,7 +29,7 @@ def ask(deployment: Deployment, *arguments: str) -> dict[str, Any]:
         what = last_words(told)
         raise FederationError(
             f"Flower says: {what}", where=f"flwr {' '.join(arguments[:2])}",
-            remedy=f"Are the services up? synthward deploy up {deployment.path}",
+            remedy=f"Are the services up? synthward deploy up {deployment.quoted}",
         )  # fmt: skip
     return told
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -110,6 +111,9 @@ class Deployment:
             DataError: it is none, or its settings cannot be used.
         """
         file = path.absolute() / "deployment.toml"
+        if not file.is_file():
+            raise DataError("no deployment's folder (it has no deployment.toml)", where=str(path),
+                            remedy="Give the folder that `synthward deploy init` made.")  # fmt: skip
         raw = read_toml(file, what="deployment", error=DataError)
         try:
             addresses = Addresses.model_validate(raw)
@@ -153,6 +157,11 @@ class Deployment:
         link = {"address": f"127.0.0.1:{self.addresses.superlink_port}", "root-certificates": str(self.authority)}
         settings = {"superlink": {"default": "here", "here": link}}
         atomic_write(self.path / "state" / "flower" / "config.toml", tomli_w.dumps(settings).encode())
+
+    @property
+    def quoted(self) -> str:
+        """Its path, as a shell takes it."""
+        return shlex.quote(str(self.path))
 
     @property
     def app(self) -> Path:

@@ -122,8 +122,9 @@ def register_admitted(deployment: Deployment, tell: Callable[[str], None]) -> No
         if told.get("success") is True:
             atomic_write(_file(deployment, carrier.name, "node"), f"{told['node-id']}\n".encode())
         elif _IN_USE in str(told.get("error-message")):
-            tell(f"warning: Flower knows the key of {carrier.name} already, dismissed or under a number that was lost;"
-                 f" run: synthward deploy dismiss {deployment.path} {carrier.name}; then let it join anew")  # fmt: skip
+            what = "Flower knows its key already, dismissed or under a number that was lost"
+            run = f"synthward deploy dismiss {deployment.quoted} {carrier.name}"
+            tell(f"warning: {carrier.name}: {what}; run: {run}; then let it join anew")
         else:
             tell(f"warning: {carrier.name} is not registered: {str(told.get('error-message')).strip()[-200:]}")
 

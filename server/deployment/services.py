@@ -207,12 +207,12 @@ def _require_fitting_key(deployment: Deployment) -> None:
         context.load_cert_chain(deployment.certificate, deployment.path / "server.key")
     except (OSError, ssl.SSLError) as error:
         raise DataError("is no key, or not of the certificate beside it", where=str(deployment.path / "server.key"),
-                        remedy=f"Run: synthward deploy renew {deployment.path}") from error  # fmt: skip
+                        remedy=f"Run: synthward deploy renew {deployment.quoted}") from error  # fmt: skip
 
 
 def _warn_of_expiry(deployment: Deployment, tell: Callable[[str], None]) -> None:
     days = days_left(deployment.certificate)
-    renew = f"synthward deploy renew {deployment.path}"
+    renew = f"synthward deploy renew {deployment.quoted}"
     if days < 0:
         raise DataError("the certificate has expired", where=str(deployment.certificate), remedy=f"Run: {renew}")
     if days < _WARN_DAYS:

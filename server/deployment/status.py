@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from common.errors import FederationError
+from common.files import read_json
 from common.text import printable
 from server.checkpoints import RunFolder
 from server.deployment import nodes
@@ -95,6 +96,8 @@ def run_status(folder: RunFolder) -> RunStatus:
     for event in events:
         found.at = str(event.get("at", ""))
         _take(found, event)
+    if found.state == "finished" and (folder.path / "metrics.json").exists():  # validation has cost something, too
+        found.epsilon = {**found.epsilon, **read_json(folder.path / "metrics.json")["epsilon"]["sites"]}
     if found.error and found.state == "stopped":
         found.state = "failed"
     return found
@@ -103,7 +106,7 @@ def run_status(folder: RunFolder) -> RunStatus:
 def _take(found: RunStatus, event: Mapping[str, Any]) -> None:
     kind = event.get("event")
     if kind == "begin":
-        found.error = ""
+        found.error, found.warnings = "", []
     elif kind == "stage":
         found.stage, found.done, found.total = str(event.get("stage", "")), 0, 0
     elif kind == "step":

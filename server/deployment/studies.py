@@ -46,7 +46,7 @@ def begin(deployment: Deployment, study: Study) -> RunFolder:
     if admitted < study.federation.min_sites:
         raise StudyError(
             f"{study.federation.min_sites} sites needed, {admitted} admitted", where="federation.min_sites",
-            remedy=f"Admit them: synthward deploy admit {deployment.path} NAME.pub --fingerprint ...",
+            remedy=f"Admit them: synthward deploy admit {deployment.quoted} NAME.pub --fingerprint ...",
         )  # fmt: skip
     return RunFolder.create(deployment.path / "runs", study, plan_study(study))
 
@@ -160,7 +160,7 @@ def _submitted(deployment: Deployment, file: Path, tell: Callable[[str], None]) 
         if time.monotonic() > deadline:
             raise FederationError(
                 f"Flower does not take the run ({what})", where="flwr run",
-                remedy=f"Are the services up? synthward deploy up {deployment.path}",
+                remedy=f"Are the services up? synthward deploy up {deployment.quoted}",
             )  # fmt: skip
         if not told:
             told = True

@@ -71,7 +71,7 @@ def test_names_that_a_coordinator_could_not_show(tmp_path, name):
 def test_a_folder_that_is_something_else_stays_as_it_is(tmp_path):
     (tmp_path / "my carrier").mkdir()
     (tmp_path / "my carrier" / "letter.txt").write_text("mine")
-    with pytest.raises(DataError, match="cannot read the carrier file"):
+    with pytest.raises(DataError, match="no carrier's folder"):
         _joined(tmp_path)
     assert [file.name for file in (tmp_path / "my carrier").iterdir()] == ["letter.txt"]
 

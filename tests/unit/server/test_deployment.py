@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_stand_in_the_proxys_configuration(tmp_path, name):
 
 
 def test_what_is_no_deployment_is_one_line(tmp_path):
-    with pytest.raises(DataError, match=r"deployment\.toml: cannot read the deployment file"):
+    with pytest.raises(DataError, match=r"no deployment's folder .*deploy init"):
         Deployment.open(tmp_path)
     (tmp_path / "deployment.toml").write_text('host = "localhost"\nport = 70000\n')
     with pytest.raises(DataError, match=r"deployment\.toml: port: must be less than or equal to 65535"):
@@ -178,8 +178,9 @@ def test_a_carrier_is_admitted_by_the_fingerprint_that_was_heard(deployment, tmp
 
 def test_another_fingerprint_lets_nobody_in(deployment, tmp_path):
     file, own = _key(tmp_path, "hospital-a")
-    with pytest.raises(DataError, match=f"the fingerprint is {own}, not the one given"):
+    with pytest.raises(DataError, match="the fingerprint is not the one given") as caught:
         nodes.admit(deployment, file, said=fingerprint(b"other"))
+    assert own not in str(caught.value)  # or it would be copied from here
     assert nodes.carriers(deployment) == []
 
 
