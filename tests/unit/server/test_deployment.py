@@ -298,6 +298,7 @@ def test_the_proxy_passes_the_fleet_api_and_nothing_else(made, port, listen):
 
 
 def test_services_do_not_start_on_a_port_that_is_taken_or_with_an_expired_certificate(made, monkeypatch):
+    monkeypatch.setattr(services, "require_path_without_blanks", lambda: None)  # the tests' own may have one
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
