@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from client.data.checks import SiteReport, check_splits
 from client.data.content import Content, look_at, sheet
@@ -24,7 +24,7 @@ from client.registry import open_ledger
 from common.errors import DataError
 from common.images import Units
 from common.protocol import SiteFacts, SiteName
-from common.settings import Settings, read_toml, settings_error_line
+from common.settings import Settings, checked, read_toml
 from common.study import DataConfig, Study
 
 MOST_SHOWN = 64  # unusual images on one picture
@@ -160,11 +160,7 @@ def load_site_config(path: Path) -> SiteConfig:
         DataError: missing, not TOML, or a key or value cannot be used.
     """
     raw = read_toml(path, what="site", error=DataError)
-    try:
-        config = SiteConfig.model_validate(raw)
-    except ValidationError as error:
-        field, what, remedy = settings_error_line(error, SiteConfig)
-        raise DataError(what, where=f"{path}: {field}", remedy=remedy) from error
+    config = checked(SiteConfig, raw, where=f"{path}: ", error=DataError)
     base = path.resolve().parent
     data = config.data
     if data.source == "npz":

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -107,6 +108,15 @@ def _with_version(
     ] = False,
 ) -> None:
     pass
+
+
+def told_to_stop() -> threading.Event:
+    """Set by the signals that end a command which runs until it is told to; for those that end what they began."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def need(*modules: str) -> None:

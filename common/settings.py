@@ -10,7 +10,7 @@ import tomllib
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -75,6 +75,23 @@ class Settings(BaseModel):
             if (counted and isinstance(value, bool)) or (kinds & {int, float} and isinstance(value, str | bool)):
                 raise PydanticCustomError(_KIND, "must be a number, without quotes", {"key": key, "value": value})
         return raw
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(model: type[M], raw: Any, *, where: str, error: type[SynthwardError]) -> M:
+    """Settings as a model.
+
+    Args:
+        where: the file, or what else they come from; the field is put behind it.
+        error: the kind that is raised where one of them cannot be used.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as cause:
+        field, what, remedy = settings_error_line(cause, model)
+        raise error(what, where=f"{where}{field}", remedy=remedy) from cause
 
 
 def settings_error_line(error: ValidationError, model: type[BaseModel]) -> tuple[str, str, str]:

@@ -27,6 +27,11 @@ from common.errors import StorageError
 from common.files import storage_error
 from common.text import printable
 
+# For every process of Flower's: it sends nothing, fetches nothing, and idle OpenMP threads sleep.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1", "OMP_WAIT_POLICY": "passive",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}  # fmt: skip
 _LOG_BYTES, _LOGS = 5_000_000, 3
 _FIRST_WAIT, _LONGEST_WAIT, _STEADY_SECONDS = 2.0, 30.0, 120.0
 _END_SECONDS, _COUNT_SECONDS = 15.0, 5.0

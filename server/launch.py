@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from common.errors import DataError
 from common.files import atomic_write
 from common.study import Study
+from common.supervision import QUIET
 
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_WAIT_POLICY": "passive", "RAY_memory_monitor_refresh_ms": "0",
+_QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_memory_monitor_refresh_ms": "0",
 }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def at_once(sites: int) -> int:
 def environment() -> dict[str, str]:
     """For the other processes: the same packages as this one, and nothing that lies in the working folder."""
     packages = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-    return {**os.environ, **_QUIET, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1"}
+    return {**os.environ, **QUIET, **_QUIET_RAY, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1"}
 
 
 def site_files(run: Path) -> list[Path]:

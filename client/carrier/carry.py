@@ -20,13 +20,9 @@ from common.errors import DataError
 from common.files import atomic_write
 from common.locks import held
 from common.reach import reach
-from common.supervision import Kept, Program
+from common.supervision import QUIET, Kept, Program
 
 _LOOK_SECONDS = 0.5
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1", "NO_COLOR": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "OMP_WAIT_POLICY": "passive",
-}  # fmt: skip
 _ONLINE = re.compile(r"SuperNode ID: (\d+)")
 # A SuperNode (Flower 1.41) that is told in the middle of a message that its run has ended keeps that message, and from
 # then on sends each answer only when the next question has come: with one question at a time, none.
@@ -87,7 +83,7 @@ def _environment(carrier: Carrier) -> dict[str, str]:
     path = os.pathsep.join([str(ours), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     packages = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     return {
-        **os.environ, **_QUIET, "PATH": path, "PYTHONPATH": packages, VARIABLE: str(carrier.path),
+        **os.environ, **QUIET, "NO_COLOR": "1", "PATH": path, "PYTHONPATH": packages, VARIABLE: str(carrier.path),
         "FLWR_HOME": str(carrier.path / "state" / "flower"),
     }  # fmt: skip
 

@@ -5,13 +5,13 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from common.commands import told_to_stop
 
 Folder = Annotated[Path, typer.Argument(help="the carrier's folder", metavar="FOLDER")]
 
@@ -59,11 +59,7 @@ def carry(folder: Folder) -> None:
     from client.carrier.carry import carry as keep_carrying
     from client.carrier.folder import load_carrier
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda *_: stop.set())
-    keep_carrying(load_carrier(folder), stop, _say)
+    keep_carrying(load_carrier(folder), told_to_stop(), _say)
     _say("stopped")
 
 

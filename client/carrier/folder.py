@@ -27,12 +27,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
     load_ssh_public_key,
 )
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
 from common.errors import DataError, StorageError
 from common.files import atomic_write, storage_error
 from common.invitation import ADDRESS, NAME, Invitation, fingerprint
-from common.settings import Settings, read_toml, settings_error_line
+from common.settings import Settings, checked, read_toml
 
 _HEAD = "# What this hospital's carrier believes. A bundle is an app of the coordinator's, by its SHA-256.\n"
 
@@ -85,13 +85,8 @@ def join(path: Path, invitation: Invitation, *, name: str, socket: Path) -> Carr
         StorageError: it cannot be written.
     """
     path = path.absolute()
-    try:
-        config = CarrierConfig(
-            name=name, socket=socket.absolute(), coordinator=invitation.coordinator, bundles=invitation.bundles
-        )
-    except ValidationError as error:
-        field, what, remedy = settings_error_line(error, CarrierConfig)
-        raise DataError(what, where=f"--{field}", remedy=remedy) from error
+    given = {"name": name, "socket": socket.absolute(), **invitation.model_dump(include={"coordinator", "bundles"})}
+    config = checked(CarrierConfig, given, where="--", error=DataError)
     carrier = Carrier(path, config)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -124,11 +119,7 @@ def load_carrier(path: Path) -> Carrier:
         remedy = "Give the folder that `synthward-site join` made."
         raise DataError("no carrier's folder (it has no carrier.toml)", where=str(path), remedy=remedy)
     raw = read_toml(file, what="carrier", error=DataError)
-    try:
-        carrier = Carrier(path.absolute(), CarrierConfig.model_validate(raw))
-    except ValidationError as error:
-        field, what, remedy = settings_error_line(error, CarrierConfig)
-        raise DataError(what, where=f"{file}: {field}", remedy=remedy) from error
+    carrier = Carrier(path.absolute(), checked(CarrierConfig, raw, where=f"{file}: ", error=DataError))
     for needed in (carrier.key, carrier.public, carrier.authority):
         if not needed.is_file():
             raise DataError("is missing", where=str(needed), remedy="Put it back, or join anew in another folder.")

@@ -6,15 +6,13 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.commands import Stopped
+from common.commands import Stopped, told_to_stop
 from common.errors import SynthwardError
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
@@ -130,11 +128,7 @@ def up(folder: Folder) -> None:
     """
     from server.deployment.services import up as run_services
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda *_: stop.set())
-    run_services(_open(folder), stop, _say)
+    run_services(_open(folder), told_to_stop(), _say)
     _say("stopped")
 
 

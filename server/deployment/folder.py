@@ -25,21 +25,19 @@ from pathlib import Path
 from typing import Annotated
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from common.errors import DataError, StorageError
 from common.files import atomic_write, storage_error, write_json
 from common.invitation import Invitation
-from common.settings import Settings, read_toml, settings_error_line
+from common.settings import Settings, checked, read_toml
+from common.supervision import QUIET
 from server.deployment.bundle import build, make_app
 from server.deployment.certificates import make_authority, make_server_certificate
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\;{}$#]+")  # goes into the proxy's configuration, in quotes
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "UV_OFFLINE": "1", "OMP_WAIT_POLICY": "passive",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "NO_COLOR": "1", "COLUMNS": "200",
-}  # fmt: skip
+_PLAIN = {"NO_COLOR": "1", "COLUMNS": "200"}
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -115,11 +113,7 @@ class Deployment:
             raise DataError("no deployment's folder (it has no deployment.toml)", where=str(path),
                             remedy="Give the folder that `synthward deploy init` made.")  # fmt: skip
         raw = read_toml(file, what="deployment", error=DataError)
-        try:
-            addresses = Addresses.model_validate(raw)
-        except ValidationError as error:
-            field, what, remedy = settings_error_line(error, Addresses)
-            raise DataError(what, where=f"{file}: {field}", remedy=remedy) from error
+        addresses = checked(Addresses, raw, where=f"{file}: ", error=DataError)
         _check(path.absolute(), addresses)
         return cls(path.absolute(), addresses)
 
@@ -178,7 +172,7 @@ class Deployment:
     def environment(self) -> dict[str, str]:
         """For Flower's processes: its files in this folder, no telemetry, nothing downloaded."""
         here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        return {**os.environ, **QUIET, "FLWR_HOME": str(self.path / "state" / "flower"), "PATH": here}
+        return {**os.environ, **QUIET, **_PLAIN, "FLWR_HOME": str(self.path / "state" / "flower"), "PATH": here}
 
 
 def command(name: str) -> Path:

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from common.errors import DataError, FederationError, StorageError
 from common.invitation import fingerprint, load_invitation
+from common.supervision import QUIET
 from server.deployment import bundle, certificates, flower, nodes, services
-from server.deployment.folder import QUIET, Addresses, Deployment
+from server.deployment.folder import Addresses, Deployment
 from support.deployment import free_port, why_not
 from support.paths import REPOSITORY
 
