@@ -37,6 +37,7 @@ SENSITIVITY = "tests/statistical/test_sensitivity.py"
 UNITS = "tests/unit/common/test_units.py"
 APPROVAL = "tests/unit/client/test_approval.py"
 CARRIER, CANARY = "tests/unit/client/test_carrier_folder.py", "tests/unit/client/test_canary.py"
+INVITATION = "tests/unit/common/test_invitation.py"
 FINGERPRINTS = "tests/unit/client/test_fingerprints.py"
 PROTOCOL = "tests/unit/common/test_protocol.py"
 COLLECT = "tests/unit/server/test_collect.py"
@@ -266,8 +267,14 @@ MUTATIONS = (
        CARRIER),
     _m("an agent app of the coordinator's is run", "client/carrier/clientapp.py",
        "tuple(TASK_TYPE_TO_COMMAND.values())", '("flwr-clientapp",)', CARRIER),
+    _m("an invitation that is not signed is taken", "common/invitation.py",
+       'key.verify(bytes.fromhex(self.signature), _PURPOSE + self._said())', "pass", INVITATION),
+    _m("an invitation of any signer is taken without the telephone", "client/carrier/folder.py",
+       "if invitation.signer != carrier.config.signer:", "if False:", CARRIER),
+    _m("an old invitation is taken without the telephone", "client/carrier/folder.py",
+       "if invitation.number < carrier.config.number:", "if False:", CARRIER),
     _m("any fingerprint will do", "common/invitation.py", 'if plain != own.replace(" ", ""):', "if False:",
-       "tests/unit/common/test_invitation.py"),
+       INVITATION),
     _m("the proxy passes everything", "server/deployment/services.py", "location /v1/fleet/ {{", "location /v1/ {{",
        "tests/unit/server/test_deployment.py"),
     _m("the canary answers before approval", "client/service.py", "            approval = gate.admit()\n",

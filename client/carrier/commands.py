@@ -15,6 +15,8 @@ from common.commands import told_to_stop
 
 Folder = Annotated[Path, typer.Argument(help="the carrier's folder", metavar="FOLDER")]
 
+_SOCKET = Path("/run/synthward/site.sock")
+
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands of a command line."""
@@ -23,27 +25,53 @@ def add_to(app: typer.Typer) -> None:
 
 
 def join(
-    folder: Annotated[Path, typer.Argument(help="a new folder for the carrier", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="a folder for the carrier, new or joined before", metavar="FOLDER")],
     invitation: Annotated[Path, typer.Option(help="as the coordinator sent it", metavar="invitation.json")],
-    fingerprint: Annotated[str, typer.Option(help="of the invitation, as the coordinator reads it out by telephone")],
-    name: Annotated[str, typer.Option(help="what the coordinator is to call this hospital")],
-    socket: Annotated[Path, typer.Option(help="of `synthward-site serve`")] = Path("/run/synthward/site.sock"),
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(help="of the invitation, as the coordinator reads it out by telephone; needed the first time"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="what the coordinator is to call this hospital")] = None,
+    socket: Annotated[
+        Path | None, typer.Option(help="of `synthward-site serve`; /run/synthward/site.sock if not given")
+    ] = None,
 ) -> None:
     """Make the carrier's key and settings. The key stays here; the coordinator gets NAME.pub.
 
-    With a newer invitation for the same folder: the key stays, what is believed is replaced.
+    With a newer invitation for the same folder: the key stays, what is believed is replaced, and the coordinator's
+    signature is enough.
 
-    Example: synthward-site join carrier --invitation invitation.json --fingerprint "1f2e 3d4c ..." --name hospital-a
+    Examples:
+
+      synthward-site join carrier --invitation invitation.json --fingerprint "1f2e 3d4c ..." --name hospital-a
+
+      synthward-site join carrier --invitation invitation.json
     """
     from client.carrier import folder as folders
+    from common.errors import DataError
     from common.invitation import load_invitation, require_same
 
+    before = folders.load_carrier(folder) if (folder / "carrier.toml").exists() else None
     given = load_invitation(invitation)
-    remedy = "Do not join; ask the coordinator by telephone what they sent."
-    require_same(fingerprint, given.fingerprint, where=str(invitation), remedy=remedy)
-    carrier = folders.join(folder, given, name=name, socket=socket)
+    if fingerprint is not None:
+        remedy = "Do not join; ask the coordinator by telephone what they sent."
+        require_same(fingerprint, given.fingerprint, where=str(invitation), remedy=remedy)
+    elif before is not None:
+        folders.require_next(before, given, where=str(invitation))
+    else:
+        raise DataError("needed the first time", where="--fingerprint",
+                        remedy="The coordinator reads it out by telephone: do not copy it from a message.")  # fmt: skip
+    if before is None and name is None:
+        raise DataError("needed the first time", where="--name", remedy="As --name hospital-a.")
+    carrier = folders.join(
+        folder, given, name=name or (before.config.name if before else ""),
+        socket=socket or (before.config.socket if before else _SOCKET),
+    )  # fmt: skip
     print(f"{carrier.path}: joined {given.coordinator}; it answers to {len(given.bundles)} app bundle(s)")
     print(f"  socket       {carrier.config.socket} (--socket gives another)")
+    if before is not None:
+        print("its key is the one from before; restart `synthward-site carry`")
+        return
     print(f"{carrier.public}: send this to the coordinator, and read to them by telephone:")
     print(f"  fingerprint  {carrier.fingerprint}")
     print(f"Then: synthward-site carry {folder}")

@@ -31,9 +31,10 @@ from pydantic import Field, StringConstraints
 
 from common.errors import DataError, StorageError
 from common.files import atomic_write, storage_error
-from common.invitation import ADDRESS, NAME, Invitation, fingerprint
+from common.invitation import ADDRESS, NAME, SIGNER, Invitation, fingerprint
 from common.settings import Settings, checked, read_toml
 
+_TAKEN = {"coordinator", "bundles", "signer", "number"}
 _HEAD = "# What this hospital's carrier believes. A bundle is an app of the coordinator's, by its SHA-256.\n"
 
 
@@ -45,12 +46,16 @@ class CarrierConfig(Settings):
         socket: of `synthward-site serve`.
         coordinator: host:port.
         bundles: SHA-256 of the app bundles whose runs it answers to.
+        signer: the coordinator's key, in hex; an invitation that it has signed needs no telephone.
+        number: of the invitation that these come from.
     """
 
     name: Annotated[str, StringConstraints(pattern=rf"^{NAME}$")]
     socket: Path
     coordinator: Annotated[str, StringConstraints(pattern=ADDRESS, max_length=260)]
     bundles: Annotated[tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")], ...], Field(min_length=1)]
+    signer: Annotated[str, StringConstraints(pattern=rf"^$|{SIGNER}")] = ""
+    number: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def join(path: Path, invitation: Invitation, *, name: str, socket: Path) -> Carr
         StorageError: it cannot be written.
     """
     path = path.absolute()
-    given = {"name": name, "socket": socket.absolute(), **invitation.model_dump(include={"coordinator", "bundles"})}
+    given = {"name": name, "socket": socket.absolute(), **invitation.model_dump(include=_TAKEN)}
     config = checked(CarrierConfig, given, where="--", error=DataError)
     carrier = Carrier(path, config)
     try:
@@ -105,6 +110,20 @@ def join(path: Path, invitation: Invitation, *, name: str, socket: Path) -> Carr
     except OSError as error:
         raise storage_error(error, path) from error
     return carrier
+
+
+def require_next(carrier: Carrier, invitation: Invitation, *, where: str) -> None:
+    """See that an invitation comes from the coordinator that this hospital has joined, and is no older one.
+
+    Raises:
+        DataError: somebody else signed it, or it is older; a fingerprint that is heard by telephone decides then.
+    """
+    remedy = "Ask the coordinator by telephone; give what they read out as --fingerprint."
+    if invitation.signer != carrier.config.signer:
+        raise DataError("is not signed by the coordinator that this carrier has joined", where=where, remedy=remedy)
+    if invitation.number < carrier.config.number:
+        raise DataError(f"is number {invitation.number}, older than what this carrier has ({carrier.config.number})",
+                        where=where, remedy=remedy)  # fmt: skip
 
 
 def load_carrier(path: Path) -> Carrier:

@@ -108,7 +108,9 @@ def renew(folder: Folder) -> None:
 
 @app.command()
 def ship(folder: Folder) -> None:
-    """Bundle the code that is installed here, after an update of synthward. Every hospital needs the new invitation.
+    """Bundle the code that is installed here, after an update of synthward, and sign the new invitation.
+
+    Every hospital needs it; to one that has joined, the signature says that it is yours.
 
     Example: synthward deploy ship coordinator
     """

@@ -4,6 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 
     deployment.toml        host and ports
     authority.key, .crt    the deployment's own certificate authority
+    signing.key            signs invitations, and so the bundles that they list
     server.key, .crt       what hospitals see
     app/, app.fab          what Flower ships, and the bundle whose hash hospitals list
     invitation.json        for every hospital
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from pydantic import Field
 
 from common.errors import DataError, StorageError
 from common.files import atomic_write, storage_error, write_json
-from common.invitation import Invitation
+from common.invitation import Invitation, Way, load_invitation, public_half
 from common.settings import Settings, checked, read_toml
 from common.supervision import QUIET
 from server.deployment.bundle import build, make_app
@@ -37,6 +40,7 @@ from server.deployment.certificates import make_authority, make_server_certifica
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\;{}$#]+")  # goes into the proxy's configuration, in quotes
+_ANEW = "Put it back from a backup; or remove it, run `synthward deploy ship`, and tell hospitals the new fingerprint."
 _PLAIN = {"NO_COLOR": "1", "COLUMNS": "200"}
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -123,10 +127,10 @@ class Deployment:
         make_server_certificate(*files, host=self.addresses.host)
 
     def ship(self) -> str:
-        """Copy the installed code into app/, bundle it and write the invitation; the bundle's SHA-256.
+        """Copy the installed code into app/, bundle it and write the signed invitation; the bundle's SHA-256.
 
         Raises:
-            DataError: authority.crt is damaged; nothing is changed.
+            DataError: authority.crt or signing.key is damaged; nothing is changed.
             StorageError: a file cannot be written, or the bundle cannot be built.
         """
         self._invitation("0" * 64)
@@ -138,13 +142,40 @@ class Deployment:
 
     def _invitation(self, bundle: str) -> Invitation:
         host = f"[{self.addresses.host}]" if ":" in self.addresses.host else self.addresses.host
+        key = self._signing_key()
         try:
-            return Invitation(
-                coordinator=f"{host}:{self.addresses.port}", certificate=self.authority.read_text(), bundles=(bundle,)
-            )
+            return Way(
+                coordinator=f"{host}:{self.addresses.port}", certificate=self.authority.read_text(), bundles=(bundle,),
+                number=self._next_number(), signer=public_half(key),
+            ).signed(key)  # fmt: skip
         except (OSError, ValueError) as error:  # pydantic's and that of bytes that are no text among them
             raise DataError("is not a certificate", where=str(self.authority),
                             remedy="Put it back from a backup.") from error  # fmt: skip
+
+    def _next_number(self) -> int:
+        before = self.path / "invitation.json"
+        try:
+            return load_invitation(before).number + 1 if before.exists() else 1
+        except DataError as error:
+            raise DataError("is damaged", where=str(before), remedy=_ANEW) from error
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        """The deployment's, made where there is none: hospitals then compare a fingerprint again.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        file = self.path / "signing.key"
+        if not file.exists():
+            made = Ed25519PrivateKey.generate()
+            atomic_write(file, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        try:
+            key = load_pem_private_key(file.read_bytes(), None)
+        except (OSError, ValueError, TypeError):
+            key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise DataError("is no signing key", where=str(file), remedy=_ANEW)
+        return key
 
     def write_flower_settings(self) -> None:
         """Where Flower's own commands find the SuperLink."""

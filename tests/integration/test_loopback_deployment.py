@@ -149,7 +149,11 @@ def test_a_bundle_that_a_hospital_does_not_list_is_said_to_both_before_anything_
     assert "--resume" in run.said() and "spends nothing" in run.said()
     assert party.carry is not None
     party.carry.wait_for("refused an app bundle")
-    file.write_text(listed)
+    worked(command("synthward", "deploy", "ship", deployment.coordinator))
+    out = worked(command("synthward-site", "join", party.carrier, "--invitation",
+                         deployment.coordinator / "invitation.json"))  # fmt: skip
+    assert "its key is the one from before" in out  # the coordinator's signature was enough
+    assert load_carrier(party.carrier).config.bundles == (digest,)
     assert all(_spent(p) == {} for p in deployment.hospitals)
 
 

@@ -10,17 +10,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from client.app import app as installed
 from client.carrier import carry, clientapp
-from client.carrier.folder import join, load_carrier
+from client.carrier.commands import join as join_command
+from client.carrier.folder import join, load_carrier, require_next
 from common.errors import DataError, StorageError
 from common.invitation import Invitation, fingerprint
+from support.invitations import invitation
 
-PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 BUNDLE = b"an app"
-INVITATION = Invitation(coordinator="localhost:1", certificate=PEM, bundles=(hashlib.sha256(BUNDLE).hexdigest(),))
+INVITATION = invitation(coordinator="localhost:1", bundles=(hashlib.sha256(BUNDLE).hexdigest(),), number=5)
 
 
 def _joined(tmp_path: Path, **more):
@@ -53,12 +55,60 @@ def test_it_is_the_key_that_ssh_keygen_reads(tmp_path):
 def test_a_newer_invitation_keeps_the_key(tmp_path):
     before = _joined(tmp_path)
     key = before.key.read_bytes()
-    newer = INVITATION.model_copy(update={"bundles": ("1" * 64, "2" * 64), "coordinator": "elsewhere:2"})
+    newer = invitation(bundles=("1" * 64, "2" * 64), coordinator="elsewhere:2", number=6)
     after = join(before.path, newer, name="hospital-a", socket=Path("/other.sock"))
     assert after.key.read_bytes() == key
     assert load_carrier(before.path).config.bundles == ("1" * 64, "2" * 64)
     with pytest.raises(DataError, match="this is the folder of carrier hospital-a"):
         join(before.path, newer, name="hospital-b", socket=Path("/other.sock"))
+
+
+def _sent(tmp_path: Path, given: Invitation) -> Path:
+    file = tmp_path / "invitation.json"
+    file.write_text(given.model_dump_json())
+    return file
+
+
+def test_the_first_invitation_needs_the_telephone_and_the_next_ones_the_same_signature(tmp_path, capsys):
+    folder, file = tmp_path / "carrier", _sent(tmp_path, INVITATION)
+    with pytest.raises(DataError, match=r"^--fingerprint: needed the first time"):
+        join_command(folder, file, name="hospital-a")
+    with pytest.raises(DataError, match=r"^--name: needed the first time"):
+        join_command(folder, file, fingerprint=INVITATION.fingerprint)
+    assert not folder.exists()
+    socket = Path("/elsewhere/site.sock")
+    join_command(folder, file, fingerprint=INVITATION.fingerprint, name="hospital-a", socket=socket)
+    key = load_carrier(folder).key.read_bytes()
+
+    join_command(folder, _sent(tmp_path, invitation(bundles=("1" * 64,), number=6)))
+    after = load_carrier(folder)
+    assert after.config.bundles == ("1" * 64,) and after.config.name == "hospital-a" and after.config.socket == socket
+    assert after.key.read_bytes() == key and "its key is the one from before" in capsys.readouterr().out
+
+
+def test_an_invitation_of_another_signer_or_an_older_one_changes_nothing_without_the_telephone(tmp_path):
+    folder = tmp_path / "carrier"
+    join_command(folder, _sent(tmp_path, INVITATION), fingerprint=INVITATION.fingerprint, name="hospital-a")
+    before = (folder / "carrier.toml").read_bytes()
+    other = invitation(Ed25519PrivateKey.generate(), bundles=("1" * 64,), number=9)
+    with pytest.raises(DataError, match="not signed by the coordinator that this carrier has joined"):
+        join_command(folder, _sent(tmp_path, other))
+    older = invitation(bundles=("1" * 64,), number=4)
+    with pytest.raises(DataError, match=r"is number 4, older than what this carrier has \(5\)"):
+        join_command(folder, _sent(tmp_path, older))
+    assert (folder / "carrier.toml").read_bytes() == before
+    join_command(folder, _sent(tmp_path, other), fingerprint=other.fingerprint)  # heard: a new key of the coordinator's
+    assert load_carrier(folder).config.signer == other.signer
+
+
+def test_a_carrier_that_joined_before_there_were_signatures_has_to_hear_one_fingerprint(tmp_path):
+    carrier = _joined(tmp_path)
+    text = (carrier.path / "carrier.toml").read_text()
+    (carrier.path / "carrier.toml").write_text(
+        "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("signer", "number")))
+    )
+    with pytest.raises(DataError, match="not signed by the coordinator"):
+        require_next(load_carrier(carrier.path), INVITATION, where="invitation.json")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a" * 41, 'a"', "é"])

@@ -7,20 +7,21 @@ import json
 import os
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import DataError
 from common.invitation import Invitation, fingerprint, load_invitation, require_same
+from support.invitations import PEM, invitation
 
-PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
-GOOD = {"coordinator": "coordinator.example.org:8443", "certificate": PEM, "bundles": ["0" * 64]}
+GOOD = invitation().model_dump(mode="json")
 
 
 def test_an_invitation_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "invitation.json"
     file.write_text(json.dumps(GOOD, indent=4))
-    assert load_invitation(file) == Invitation.model_validate(GOOD)
+    assert load_invitation(file) == invitation()
 
 
 def test_its_fingerprint_is_of_what_it_says_not_of_its_bytes(tmp_path):
@@ -28,15 +29,36 @@ def test_its_fingerprint_is_of_what_it_says_not_of_its_bytes(tmp_path):
     one.write_text(json.dumps(GOOD))
     two.write_text(json.dumps(dict(reversed(GOOD.items())), indent=1))
     assert load_invitation(one).fingerprint == load_invitation(two).fingerprint
-    for key, other in (("coordinator", "evil.example:8443"), ("certificate", PEM.replace("MIIB", "MIIC")),
-                       ("bundles", ["1" * 64])):  # fmt: skip
-        changed = Invitation.model_validate({**GOOD, key: other})
-        assert changed.fingerprint != load_invitation(one).fingerprint, key
+
+
+@pytest.mark.parametrize("change", [
+    {"coordinator": "evil.example:8443"}, {"certificate": PEM.replace("MIIB", "MIIC")}, {"bundles": ["1" * 64]},
+    {"number": 2}, {"signer": invitation(Ed25519PrivateKey.from_private_bytes(b"1" * 32)).signer},
+    {"signature": "0" * 128}, {"signature": invitation(number=3).signature}, {"signer": "f" * 64},
+])  # fmt: skip
+def test_whatever_of_it_is_changed_its_signature_does_not_fit(tmp_path, change):
+    file = tmp_path / "invitation.json"
+    file.write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(DataError, match="its signature does not fit"):
+        load_invitation(file)
+    if "signature" not in change:
+        assert Invitation.model_validate({**GOOD, **change}).fingerprint != invitation().fingerprint
+
+
+def test_the_key_of_another_thing_that_was_signed_is_no_invitation(tmp_path):
+    key = Ed25519PrivateKey.generate()
+    good = invitation(key)
+    bare = key.sign(good._said()).hex()  # the same words, for another purpose
+    file = tmp_path / "invitation.json"
+    file.write_text(json.dumps({**good.model_dump(mode="json"), "signature": bare}))
+    with pytest.raises(DataError, match="its signature does not fit"):
+        load_invitation(file)
 
 
 @pytest.mark.parametrize("change", [
     {"coordinator": "no port"}, {"coordinator": "a:b@c:1"}, {"certificate": "x"}, {"bundles": []}, {"bundles": ["abc"]},
     {"more": 1}, {"coordinator": "--insecure:1 --x"}, {"coordinator": "host\nnext:1"}, {"bundles": "0" * 64},
+    {"number": 0}, {"number": "1"}, {"number": True}, {"number": 1 << 40}, {"signer": "x"}, {"signature": ""},
 ])  # fmt: skip
 def test_anything_else_is_refused_in_one_line(tmp_path, change):
     file = tmp_path / "invitation.json"

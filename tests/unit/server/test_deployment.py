@@ -61,7 +61,7 @@ def _key(folder, name: str, key=None) -> tuple:
 
 def test_a_new_folder_is_shut_to_others_and_says_how_to_reach_it(made):
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o700
-    for secret in ("authority.key", "server.key"):
+    for secret in ("authority.key", "server.key", "signing.key"):
         assert stat.S_IMODE((made.path / secret).stat().st_mode) == 0o600
     invitation = load_invitation(made.path / "invitation.json")
     assert invitation.coordinator == f"coordinator.example.org:{made.addresses.port}"
@@ -334,6 +334,30 @@ def test_a_damaged_authority_is_one_line_and_nothing_is_changed(made, tmp_path, 
     with pytest.raises(DataError, match="is not a certificate"):
         copy.ship()
     assert ((copy.path / "app.fab").read_bytes(), copy.certificate.read_bytes()) == before
+
+
+def test_every_invitation_is_signed_by_the_same_key_and_newer_than_the_last(made, tmp_path):
+    copy = _copied(made, tmp_path)
+    first = load_invitation(copy.path / "invitation.json")  # reads it only when its signature fits
+    copy.ship()
+    second = load_invitation(copy.path / "invitation.json")
+    assert (second.signer, second.number) == (first.signer, first.number + 1)
+    (copy.path / "signing.key").unlink()
+    copy.ship()
+    third = load_invitation(copy.path / "invitation.json")
+    assert third.signer != first.signer and third.number == first.number + 2
+
+
+@pytest.mark.parametrize("file", ["signing.key", "invitation.json"])
+@pytest.mark.parametrize("data", [b"", b"-----BEGIN", b"\xff\xfe\x00", None])
+def test_a_damaged_signing_key_or_invitation_is_one_line_and_nothing_is_changed(made, tmp_path, file, data):
+    copy = _copied(made, tmp_path)
+    other = (copy.path / "authority.key").read_bytes()  # a key, of another kind
+    (copy.path / file).write_bytes(other if data is None else data)
+    before = (copy.path / "app.fab").read_bytes()
+    with pytest.raises(DataError, match=rf"{file}: is (no signing key|damaged)\. Put it back from a backup"):
+        copy.ship()
+    assert (copy.path / "app.fab").read_bytes() == before
 
 
 def test_a_key_of_another_authority_signs_nothing(made, tmp_path):
