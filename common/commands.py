@@ -26,7 +26,7 @@ from common.text import printable
 EXTRAS = {"synthward": "coordinator", "synthward-site": "site"}  # of pyproject.toml: what a program's commands need
 # What only the extras bring, under the names by which we import it; a test holds this to pyproject.toml.
 OF_EXTRAS = {
-    "jinja2", "matplotlib", "opacus", "PIL", "ray", "scipy", "timm", "torch", "torchvision",
+    "jinja2", "matplotlib", "opacus", "PIL", "prometheus_client", "ray", "scipy", "timm", "torch", "torchvision",
 }  # fmt: skip
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -18,6 +19,7 @@ from common.preflight import try_study
 from common.study_file import load_study
 from server import pipeline
 from server.checkpoints import RunFolder
+from server.deployment.nodes import admitted_nodes
 from server.federation.sites import SiteGroup
 from server.progress import Progress
 from server.synthesis.public_set import check_public_set
@@ -35,7 +37,11 @@ def main(grid: Grid, context: Context) -> None:
     )
     with held(folder.path / "run.lock", busy=busy):
         hoped = int(context.run_config.get("sites", 0) or 0)
-        pipeline.run(folder, SiteGroup(grid, timeout_seconds=timeout), Progress(folder), hoped=hoped)
+        sites = str(context.run_config.get("admitted", ""))
+        group = SiteGroup(
+            grid, timeout_seconds=timeout, admitted=partial(admitted_nodes, Path(sites)) if sites else None
+        )
+        pipeline.run(folder, group, Progress(folder), hoped=hoped)
 
 
 def run_folder(context: Context) -> RunFolder:
@@ -44,7 +50,8 @@ def run_folder(context: Context) -> RunFolder:
     Everything that the study names is tried before, so that no site is asked for a study that cannot come to its end.
 
     Run config: `run-dir` = an existing run folder to go on with, or empty; `study` = the study file for a new one;
-    `out` = where new run folders are made; `sites` = how many may take part at best.
+    `out` = where new run folders are made; `sites` = how many may take part at best; `admitted` = the folder that names
+    the nodes that may, in a deployment.
     """
     given = str(context.run_config.get("run-dir", "")) or os.environ.get(RUN_VARIABLE, "")
     if given:

@@ -7,7 +7,8 @@ SPDX-License-Identifier: Apache-2.0
         plan.json                  every mechanism with its noise
         state.json                 results of the stages that are done
         checkpoints/               weights and moving average after each round (the last few)
-        events.jsonl               what happened when
+        events.jsonl               what happened when; older parts are events-00001.jsonl and so on
+        live.html                  how it stands, for a browser
         sites/                     simulated sites only: their site files and private state
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ from common.study import Study
 from common.study_file import load_study, study_toml
 
 _KEEP = 3
+MOST_EVENT_BYTES = 8 << 20  # of one part
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners = list[Callable[[dict[str, Any]], None]]()  # each is given every event after it was written
 
     @classmethod
     def create(cls, parent: Path, study: Study, plan: StudyPlan | None = None) -> RunFolder:
@@ -118,20 +122,25 @@ class RunFolder:
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl."""
-        stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        append_line(self.path / "events.jsonl", json.dumps({"at": stamp, "event": kind, **values}))
+        event = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **values}
+        file = self.path / "events.jsonl"
+        if file.exists() and file.stat().st_size > MOST_EVENT_BYTES:
+            with suppress(OSError):  # then this part grows on
+                file.rename(self.path / f"events-{len(self._older_events()) + 1:05d}.jsonl")
+        append_line(file, json.dumps(event))
+        for listener in self.listeners:
+            listener(event)
 
     def events(self) -> list[dict[str, Any]]:
-        """All whole lines of events.jsonl; a line cut by a crash is passed over."""
-        path = self.path / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        whole = []
-        for line in lines:
-            try:
-                whole.append(json.loads(line))
-            except ValueError:
-                continue
-        return whole
+        """All whole lines of events.jsonl and of those before it; a line cut by a crash is passed over."""
+        while True:
+            older = self._older_events()
+            whole = [event for path in (*older, self.path / "events.jsonl") for event in _whole_lines(path)]
+            if self._older_events() == older:  # else the run has begun a new part meanwhile
+                return whole
+
+    def _older_events(self) -> list[Path]:
+        return sorted(self.path.glob("events-*.jsonl"))
 
     def made_once(self, name: str, make: Callable[[], Arrays]) -> Arrays:
         """Arrays that were made and kept before; where there are none, or they are spoilt, what `make` gives, kept."""
@@ -200,6 +209,20 @@ class RunFolder:
             weights=_part(arrays, "weights/"), ema=_part(arrays, "ema/"), optimizer=_part(arrays, "optimizer/"),
             rows=[RoundRow(**row) for row in head["rows"]],
         )  # fmt: skip
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    whole = []
+    for line in lines:
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            continue
+    return whole
 
 
 def _part(arrays: Arrays, prefix: str) -> Arrays:

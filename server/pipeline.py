@@ -21,6 +21,7 @@ from common.errors import StorageError, SynthwardError
 from common.protocol import Agreement
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
+from server.live_page import LivePage
 from server.progress import Progress
 from server.session import Session
 from server.stages.canary import canary
@@ -48,27 +49,14 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress, *, hoped: int =
         SynthwardError: with everything saved that was finished; the run can be resumed.
     """
     session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress, hoped=hoped)
+    page, report = LivePage(folder), None
+    folder.listeners.append(page.take)
     own = psutil.Process()  # who follows the run sees by these whether it lives
     folder.event("begin", study=session.agreement.study.sha256, pid=own.pid, since=own.create_time())
     began = time.monotonic()
     try:
-        with _peak_memory() as largest:
-            enrol(session, canary(session, session.online()))
-            teacher = features(session)
-            moments(session, teacher)
-            state = train(session)
-            synthetic = generate(session, state, teacher)
-            validation = validate(session, synthetic)
-        report = release(
-            session,
-            state,
-            synthetic,
-            validation.merged,
-            validation.by_site,
-            validation.prevalence,
-            seconds=_seconds_before(folder, began),
-            peak_memory_mb=largest[0] / 1e6,
-        )
+        report = _stages(session, began)
+        return report
     except SynthwardError as error:
         with suppress(StorageError):  # the disk may be what is full
             told = {"what": error.what, "where": error.where, "remedy": error.remedy}
@@ -77,7 +65,21 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress, *, hoped: int =
     finally:
         progress.close()
         folder.event("end", seconds=round(time.monotonic() - began, 2))
-    return report
+        page.close(report)
+
+
+def _stages(session: Session, began: float) -> Path:
+    with _peak_memory() as largest:
+        enrol(session, canary(session, session.online()))
+        teacher = features(session)
+        moments(session, teacher)
+        state = train(session)
+        synthetic = generate(session, state, teacher)
+        validation = validate(session, synthetic)
+    return release(
+        session, state, synthetic, validation.merged, validation.by_site, validation.prevalence,
+        seconds=_seconds_before(session.folder, began), peak_memory_mb=largest[0] / 1e6,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from common.files import atomic_write, sha256_file, storage_error
 
 # Of the client no more than what carries bytes, as `fab-include` of pyproject.toml has it; a test holds them together.
 SHIPPED = {"common": ("**/*.py", "*.json"), "client": ("__init__.py", "app.py"), "server": ("**/*.py",)}
-RUN_CONFIG = {"study": "", "run-dir": "", "out": "runs", "sites": 0}
+RUN_CONFIG = {"study": "", "run-dir": "", "out": "runs", "sites": 0, "admitted": ""}
 _PROJECT = {
     "project": {"name": "synthward", "version": "0.1.0", "description": "synthward", "license": "Apache-2.0",
                 "requires-python": ">=3.11,<3.13", "dependencies": ["flwr>=1.41,<1.42"]},

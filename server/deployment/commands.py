@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.commands import Stopped, told_to_stop
+from common.commands import Stopped, need, told_to_stop
 from common.errors import SynthwardError
 
 if TYPE_CHECKING:  # the commands import late, so that --help is quick
@@ -76,8 +76,8 @@ def admit(
 
     deployment = _open(folder)
     carrier = nodes.admit(deployment, key, said=fingerprint)
-    problem = nodes.register(deployment)
-    print(f"{carrier.name}: admitted{f'; {problem}' if problem else ''}")
+    waits = nodes.register(deployment, carrier.name)
+    print(f"{carrier.name}: admitted{f'; {waits}' if waits else ''}")
 
 
 @app.command()
@@ -123,14 +123,29 @@ def ship(folder: Folder) -> None:
 
 
 @app.command()
-def up(folder: Folder) -> None:
+def up(
+    folder: Folder,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="also answer Prometheus at http://127.0.0.1:PORT/metrics", metavar="PORT")
+    ] = None,
+) -> None:
     """Run Flower's SuperLink and the proxy before it until stopped; whichever ends is started again.
 
-    Example: synthward deploy up coordinator
+    Examples:
+
+      synthward deploy up coordinator
+
+      synthward deploy up coordinator --metrics-port 9464
     """
     from server.deployment.services import up as run_services
 
-    run_services(_open(folder), told_to_stop(), _say)
+    deployment = _open(folder)
+    if metrics_port is not None:
+        need("prometheus_client")
+        from server.deployment.metrics import serve_metrics
+
+        serve_metrics(deployment, metrics_port)
+    run_services(deployment, told_to_stop(), _say)
     _say("stopped")
 
 
@@ -236,7 +251,6 @@ def _open(folder: Path) -> Deployment:
 
 def _begun(deployment: Deployment, file: Path) -> RunFolder:
     """A run folder for a study file, after everything that it names was tried."""
-    from common.commands import need
     from common.preflight import try_study
     from common.study_file import load_study
     from server.deployment.studies import begin
@@ -248,7 +262,7 @@ def _begun(deployment: Deployment, file: Path) -> RunFolder:
     try_study(study)
     check_public_set(study)
     folder = begin(deployment, study)
-    _say(f"run folder: {folder.path}")
+    _say(f"run folder: {folder.path}; in a browser: {folder.path / 'live.html'}")
     return folder
 
 

@@ -129,14 +129,27 @@ def register_admitted(deployment: Deployment, tell: Callable[[str], None]) -> No
             tell(f"warning: {carrier.name} is not registered: {str(told.get('error-message')).strip()[-200:]}")
 
 
-def register(deployment: Deployment) -> str:
-    """The same, at once; what stands in the way, or nothing."""
+def register(deployment: Deployment, name: str) -> str:
+    """The same, at once, because of one carrier; what it has to wait for, or nothing.
+
+    Raises:
+        FederationError: Flower does not take that one.
+    """
     problems = list[str]()
     try:
         register_admitted(deployment, problems.append)
     except FederationError:
         return "the services are not up; it is let in when they start"
-    return "; ".join(problems)
+    if not _number(deployment, name):
+        why = "; ".join(problem.removeprefix("warning: ") for problem in problems)
+        raise FederationError(f"Flower does not let it in ({why})", where=name)
+    return ""
+
+
+def admitted_nodes(sites: Path) -> set[int]:
+    """Flower's numbers of the carriers in a deployment's folder `sites`."""
+    texts = (file.read_bytes().decode(errors="replace").strip() for file in sites.glob("*.node"))
+    return {int(text) for text in texts if text.isdecimal()}
 
 
 def _file(deployment: Deployment, name: str, ending: str) -> Path:

@@ -7,21 +7,16 @@ From Flower's list of nodes and the newest run's events alone; nothing is asked 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import BaseModel
 
 from common.errors import FederationError
 from common.files import read_json
-from common.text import printable
 from server.checkpoints import RunFolder
 from server.deployment import nodes
 from server.deployment.certificates import days_left
 from server.deployment.folder import Deployment
 from server.deployment.studies import alive, finished, runs
-
-_WARNINGS = 5
+from server.run_status import FAILED, FINISHED, RUNNING, STOPPED, RunStatus, told_by
 
 
 class CarrierStatus(BaseModel):
@@ -34,31 +29,6 @@ class CarrierStatus(BaseModel):
     name: str
     fingerprint: str
     state: str
-
-
-class RunStatus(BaseModel):
-    """One run.
-
-    Attributes:
-        state: finished, running, stopped, or failed.
-        at: of its last event, UTC.
-        stage, done, total: of the newest step.
-        epsilon: by site, as last reported, of its train partition.
-        heard: by site, when an answer of it was last taken.
-        warnings: the newest.
-        error: what it failed with.
-    """
-
-    folder: str
-    state: str
-    at: str = ""
-    stage: str = ""
-    done: int = 0
-    total: int = 0
-    epsilon: dict[str, float] = {}
-    heard: dict[str, str] = {}
-    warnings: list[str] = []
-    error: str = ""
 
 
 class Status(BaseModel):
@@ -89,39 +59,13 @@ def status_of(deployment: Deployment) -> Status:
 
 def run_status(folder: RunFolder) -> RunStatus:
     """What a run's events say."""
-    events = folder.events()
-    found = RunStatus(folder=str(folder.path), state="finished" if finished(folder) else "stopped")
-    if found.state != "finished" and alive(folder):
-        found.state = "running"
-    for event in events:
-        found.at = str(event.get("at", ""))
-        _take(found, event)
-    if found.state == "finished" and (folder.path / "metrics.json").exists():  # validation has cost something, too
+    state = FINISHED if finished(folder) else RUNNING if alive(folder) else STOPPED
+    found = told_by(folder.events(), folder=str(folder.path), state=state)
+    if found.state == FINISHED and (folder.path / "metrics.json").exists():  # validation has cost something, too
         found.epsilon = {**found.epsilon, **read_json(folder.path / "metrics.json")["epsilon"]["sites"]}
-    if found.error and found.state == "stopped":
-        found.state = "failed"
+    if found.error and found.state == STOPPED:
+        found.state = FAILED
     return found
-
-
-def _take(found: RunStatus, event: Mapping[str, Any]) -> None:
-    kind = event.get("event")
-    if kind == "begin":
-        found.error, found.warnings = "", []
-    elif kind == "stage":
-        found.stage, found.done, found.total = str(event.get("stage", "")), 0, 0
-    elif kind == "step":
-        found.stage, found.done, found.total = str(event.get("stage", "")), int(event["done"]), int(event["total"])
-        spent = event.get("epsilon")
-        if isinstance(spent, dict):
-            found.epsilon |= {str(site): float(value) for site, value in spent.items()}
-        elif spent is not None and event.get("site"):
-            found.epsilon[str(event["site"])] = float(spent)
-        for site in event.get("accepted") or ([event["site"]] if event.get("site") else []):
-            found.heard[str(site)] = str(event.get("at", ""))
-    elif kind == "warning":
-        found.warnings = [*found.warnings, printable(str(event.get("text", "")))][-_WARNINGS:]
-    elif kind == "failed":
-        found.error = printable(str(event.get("what", "")))
 
 
 def table(found: Status) -> str:

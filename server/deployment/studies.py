@@ -128,7 +128,9 @@ def _start(deployment: Deployment, folder: RunFolder, watch: _Watch, tell: Calla
     """
     file, settings = (
         folder.path / "flower.toml",
-        tomli_w.dumps({"run-dir": str(folder.path), "sites": _admitted(deployment)}),
+        tomli_w.dumps(
+            {"run-dir": str(folder.path), "sites": _admitted(deployment), "admitted": str(deployment.path / "sites")}
+        ),
     )
     atomic_write(file, settings.encode())
     number = _submitted(deployment, file, tell)

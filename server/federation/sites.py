@@ -56,11 +56,22 @@ class Returned:
 
 
 class SiteGroup:
-    """All nodes of one run behind Flower's grid."""
+    """The nodes of one run behind Flower's grid.
 
-    def __init__(self, grid: Grid, *, timeout_seconds: float) -> None:
+    Args:
+        admitted: the nodes that may take part, looked at anew each time; None for all that Flower lets in.
+    """
+
+    def __init__(
+        self, grid: Grid, *, timeout_seconds: float, admitted: Callable[[], set[int]] | None = None
+    ) -> None:  # fmt: skip
         self._grid = grid
         self._timeout = timeout_seconds
+        self._admitted = admitted
+
+    def _online(self) -> list[int]:
+        nodes = set(self._grid.get_node_ids())
+        return sorted(nodes if self._admitted is None else nodes & self._admitted())
 
     def wait_for(
         self, count: int, *, known: Mapping[int, str], on_wait: Callable[[str, float], None], hoped: int = 0
@@ -78,7 +89,7 @@ class SiteGroup:
         began = told = time.monotonic()
         deadline, patience = began + self._timeout, began + min(self._timeout, _PATIENCE_SECONDS)
         while True:
-            nodes, now = sorted(self._grid.get_node_ids()), time.monotonic()
+            nodes, now = self._online(), time.monotonic()
             if len(nodes) >= max(count, hoped) or (len(nodes) >= count and now > patience):
                 return nodes
             absent = [known[node] for node in sorted(known) if node not in nodes]

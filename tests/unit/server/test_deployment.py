@@ -173,8 +173,17 @@ def test_a_carrier_is_admitted_by_the_fingerprint_that_was_heard(deployment, tmp
     assert (carrier.name, carrier.fingerprint) == ("hospital-a", own)
     assert nodes.carriers(deployment) == [carrier]
     assert b"somebody" not in (deployment.path / "sites" / "hospital-a.pub").read_bytes()
-    assert nodes.register(deployment) == "the services are not up; it is let in when they start"
+    assert nodes.register(deployment, "hospital-a") == "the services are not up; it is let in when they start"
     assert nodes.admit(deployment, file, said=own) == carrier  # once more is nothing new
+
+
+def test_a_key_that_flower_does_not_take_is_no_admitted_one(deployment, tmp_path, monkeypatch):
+    file, own = _key(tmp_path, "hospital-a")
+    nodes.admit(deployment, file, said=own)
+    monkeypatch.setattr(nodes, "ask", lambda *_: {"nodes": []})
+    monkeypatch.setattr(nodes, "ask_or_hear", lambda *_: {"error-message": "Public key already in use"})
+    with pytest.raises(FederationError, match=r"hospital-a: Flower does not let it in \(hospital-a: .*deploy dismiss"):
+        nodes.register(deployment, "hospital-a")
 
 
 def test_another_fingerprint_lets_nobody_in(deployment, tmp_path):

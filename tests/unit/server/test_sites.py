@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from common.errors import FederationError
 from common.protocol import EnrolRequest
 from common.wire import to_record
+from server.deployment.nodes import admitted_nodes
 from server.federation import sites as module
 from server.federation.sites import SiteGroup
 from support.studies import agreement
@@ -63,6 +64,16 @@ def test_those_that_are_hoped_for_are_waited_for_a_little_and_the_quorum_is_enou
 def test_where_no_name_is_known_the_number_is_said():
     with pytest.raises(FederationError, match="0 of 2 sites are online after 0 s"):
         _group(_Online()).wait_for(2, known={}, on_wait=lambda *_: None)
+
+
+def test_nodes_that_flower_lets_in_and_the_deployment_does_not_know_are_not_asked(tmp_path):
+    for name, text in (("a", "3\n"), ("b", "9\n"), ("c", "half a num")):
+        (tmp_path / f"{name}.node").write_text(text)
+    group = SiteGroup(cast(Grid, _Online(3, 5, 9)), timeout_seconds=0.3, admitted=lambda: admitted_nodes(tmp_path))
+    assert group.wait_for(2, known={}, on_wait=lambda *_: None) == [3, 9]
+    (tmp_path / "b.node").unlink()  # dismissed meanwhile
+    with pytest.raises(FederationError, match="1 of 2 sites are online"):
+        group.wait_for(2, known={}, on_wait=lambda *_: None)
 
 
 class _Flower:
