@@ -98,8 +98,8 @@ def judge(site: Site, ledger: Ledger, study: Study, plan: StudyPlan) -> Verdict:
     return Verdict(
         (*refusals, *_own_as_public(site, study), *twice), before, after,
         0 if refusals else _more(policy, others, plan),
-        (*_unit_warnings(site, study), *site.cohort.warnings(study), *site.report.warnings, *site.content.warnings,
-         *warnings),
+        (*_named_alike(ledger, study), *_unit_warnings(site, study), *site.cohort.warnings(study),
+         *site.report.warnings, *site.content.warnings, *warnings),
         approval, approval is not None and approval.data == site.fingerprints(ledger.key).digest,
     )  # fmt: skip
 
@@ -235,11 +235,23 @@ def _counted_twice(site: Site, ledger: Ledger, study: Study) -> tuple[list[Refus
             continue
         if shared:
             refusals.append(PolicyRefusal(
-                f"{in_words(shared)} are counted in the ledger of site {known.site} at {known.state} already",
+                f"counted in the ledger of site {known.site} at {known.state} already: {in_words(shared)}",
                 where="ledger.elsewhere",
                 remedy="Approve the study at that site, leave them out here, or revoke there what has spent nothing.",
             ))  # fmt: skip
     return refusals, warnings
+
+
+def _named_alike(ledger: Ledger, study: Study) -> list[str]:
+    """Whoever approves a corrected study file has two approvals, and both may spend."""
+    alike = [
+        before for before in ledger.approvals() if before.name == study.study.name and before.study != study.sha256
+    ]
+    return [
+        f"a study of this name is approved already, with other settings; it may go on asking until that is taken back:"
+        f" synthward-site revoke SITE.toml --sha256 {approval.study[:12]} --by NAME"
+        for approval in alike
+    ]
 
 
 def _unit_warnings(site: Site, study: Study) -> list[str]:

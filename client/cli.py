@@ -59,9 +59,8 @@ def init(
         if name is not None:
             print(f"{site}: written; read its [policy] and set this hospital's ceilings")
         print(f"{config.state}: ledger begun; back this folder up whole")
-        path = getattr(config.data, "path", None)
-        if path is not None and not path.exists():
-            print(f"warning: {path} is not there (yet)", file=sys.stderr)
+        if config.missing is not None:
+            print(f"warning: {config.missing} is not there (yet)", file=sys.stderr)
 
 
 @app.command()
@@ -383,7 +382,8 @@ def _tried(path: Path, sites: list[Path]) -> tuple[Study, StudyPlan]:
     from common.study_file import load_study
 
     study = load_study(path)
-    list(_ledgers(sites))  # a site that lost its own learns it at once
+    for config, _ in _ledgers(sites):  # a site that lost its own learns it at once
+        config.require_images()
     try_study(study)
     return study, plan_study(study)
 

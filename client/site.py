@@ -65,6 +65,22 @@ class SiteConfig(Settings):
         """
         return open_ledger(self.name, self.state, self.registry)
 
+    @property
+    def missing(self) -> Path | None:
+        """The file of its images, where it is not there."""
+        path = getattr(self.data, "path", None)
+        return path if path is not None and not path.exists() else None
+
+    def require_images(self) -> None:
+        """See that there is a file of images, before anything that takes long.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.missing is not None:
+            remedy = "Put the images there, or give their path in the site file ([data] path)."
+            raise DataError("no such file", where=str(self.missing), remedy=remedy)
+
     def facts(self) -> SiteFacts:
         """What this site says of itself with every answer; nothing of it depends on records."""
         from client.privacy.randomness import NoiseSource  # late: `init`, `budget` and others need no torch

@@ -192,7 +192,9 @@ def test_the_same_records_under_a_second_ledger_of_this_machine_are_refused(tmp_
     first = _hospital(tmp_path / "a")
     second = _hospital(tmp_path / "b", "hospital-b")
     _approve(first)
-    with pytest.raises(PolicyRefusal, match="56 images and 28 patients are counted in the ledger of site hospital-a"):
+    with pytest.raises(
+        PolicyRefusal, match="counted in the ledger of site hospital-a at .* already: 56 images and 28 patients"
+    ):
         _approve(second)
     with closing(load_site_config(first).ledger()) as ledger:
         ledger.revoke(STUDY.sha256, by="Dr. A")
@@ -219,7 +221,7 @@ def test_while_a_second_ledger_of_the_machine_cannot_be_read_nothing_is_approved
         _approve(second)
     assert "take its row out of" in refused.value.remedy
     (tmp_path / "head").rename(tmp_path / "a" / "state" / "ledger.head")
-    with pytest.raises(PolicyRefusal, match="are counted in the ledger of site hospital-a"):
+    with pytest.raises(PolicyRefusal, match="counted in the ledger of site hospital-a"):
         _approve(second)
 
 
@@ -246,6 +248,24 @@ def test_a_ceiling_is_not_promised_twice(tmp_path):
     with closing(load_site_config(path).ledger()) as ledger:
         ledger.revoke(STUDY.sha256, by="Dr. B. Example")
     assert _approve(path, SECOND)[0].study == SECOND.sha256
+
+
+def test_a_study_of_the_same_name_that_is_approved_already_is_a_warning(tmp_path):
+    path = _hospital(tmp_path / "a", max_epsilon=50.0)
+    assert not [w for w in _approve(path)[1].warnings if "of this name" in w]
+    other = tiny_study(privacy={"unit": "patient"}, training={"rounds": 1})
+    assert other.study.name == STUDY.study.name and other.sha256 != STUDY.sha256
+    (said,) = [w for w in _approve(path, other)[1].warnings if "of this name" in w]
+    assert STUDY.sha256[:12] in said and other.sha256[:12] not in said
+
+
+def test_a_file_of_images_that_is_not_there_is_said_before_anything_takes_long(tmp_path):
+    config = load_site_config(_hospital(tmp_path / "a"))
+    config.require_images()
+    (tmp_path / "a" / "images.npz").unlink()
+    assert config.missing == tmp_path / "a" / "images.npz"
+    with pytest.raises(DataError, match=r"images\.npz: no such file\. Put the images there"):
+        config.require_images()
 
 
 def test_patients_that_are_known_and_not_protected_are_a_warning(tmp_path):
