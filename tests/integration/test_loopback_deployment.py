@@ -17,11 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.carrier.folder import load_carrier
 from server.checkpoints import RunFolder
 from server.deployment import certificates
 from support.deployment import Loopback, Running, command, fingerprint, wait, why_not, worked
+from support.invitations import invitation
 from support.studies import tiny_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -103,11 +105,14 @@ def test_an_invitation_or_a_key_that_somebody_exchanged_is_refused(whole, tmp_pa
     given = json.loads((deployment.coordinator / "invitation.json").read_text())
     certificates.make_authority(tmp_path / "key", tmp_path / "crt", name="evil")
     forged = tmp_path / "invitation.json"
-    forged.write_text(json.dumps({**given, "certificate": (tmp_path / "crt").read_text()}))
-    result = command(
-        "synthward-site", "join", tmp_path / "c", "--invitation", forged, "--fingerprint", said, "--name", "x"
-    )
-    assert result.returncode == 2 and "not the one given" in result.stderr and not (tmp_path / "c").exists()
+    given["certificate"] = (tmp_path / "crt").read_text()
+    own = {name: given[name] for name in ("coordinator", "certificate", "bundles", "number")}
+    for data, words in ((json.dumps(given), "its signature does not fit"),
+                        (invitation(Ed25519PrivateKey.generate(), **own).model_dump_json(), "not the one given")):  # fmt: skip
+        forged.write_text(data)
+        result = command("synthward-site", "join", tmp_path / "c", "--invitation", forged, "--fingerprint", said,
+                         "--name", "x")  # fmt: skip
+        assert result.returncode == 2 and words in result.stderr and not (tmp_path / "c").exists()
     public = deployment.hospitals[0].carrier / "site-1.pub"
     result = command("synthward", "deploy", "admit", deployment.coordinator, public, "--fingerprint", said)
     assert result.returncode == 2 and "not the one given" in result.stderr
@@ -187,13 +192,13 @@ class _Study:
         self._until(number)
         began = time.monotonic()
         fault()
-        self._until(self.rounds() + 1)
+        self._until(min(self.rounds() + 1, ROUNDS))  # a slow machine may have come to the end meanwhile
         self.times[name] = time.monotonic() - began
 
     def _until(self, number: int) -> None:
         wait(lambda: self.rounds() >= number or self.run.process.poll() is not None, f"round {number}", self.run.said,
              seconds=400)  # fmt: skip
-        assert self.run.process.poll() is None, self.run.said()[-4000:]
+        assert self.rounds() >= number, self.run.said()[-4000:]
 
     def server_app(self) -> psutil.Process:
         began = next(e for e in reversed(self.folder.events()) if e["event"] == "begin")
@@ -238,8 +243,8 @@ def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_f
     study.after_round(3, "a site's own process killed and started", restart_site)
     study.after_round(4, "a carrier killed and started", restart_carrier)
     study.after_round(5, "nothing gets through for 20 s", cut)
-    study.after_round(6, "`deploy run` stopped and started", stop_watching)
-    study.after_round(7, "`deploy stop`, then resumed", stop_and_resume)
+    study.after_round(6, "`deploy stop`, then resumed", stop_and_resume)
+    study.after_round(7, "`deploy run` stopped and started", stop_watching)
     assert study.run.process.wait(400) == 0, study.run.said()[-4000:]
     print(json.dumps(study.times, indent=1))
 
