@@ -66,7 +66,7 @@ bench-utility: install  ## utility over epsilon on real images, to benchmarks/ut
 	@$(BIN)/python -m benchmarks.utility.run --data "$(DATA)" $(if $(QUICK),--quick --out runs/bench-utility-quick) $(ARGS)
 
 report:          ## where the newest run's report is
-	@ls -t runs/*/report.html 2>/dev/null | head -n 1 | grep . || { echo "no report under runs/: make demo makes one" >&2; exit 1; }
+	@ls -t runs/*/release/report.html 2>/dev/null | head -n 1 | grep . || { echo "no report under runs/: make demo makes one" >&2; exit 1; }
 
 clean:           ## remove what was built, but no run
 	@rm -rf $(VENV) build dist *.egg-info .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.fab

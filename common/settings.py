@@ -141,6 +141,9 @@ _KINDS = {  # pydantic's kinds of error, as far as its own words are a programme
 _PATTERNS = {  # what text has to be; any other pattern only keeps letters out that cannot be shown
     r"^[a-z0-9][a-z0-9-]{0,39}$": "must be of lower case letters, digits and hyphens, 40 at most, no hyphen first",
     r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$": "must be of letters (A to Z), digits, _ and -, 40 at most, no _ or - first",
+    r"^$|^[A-Za-z0-9][A-Za-z0-9.+-]*$": "must be an SPDX identifier, as CC-BY-4.0",
+    r"^$|^https://[!-~]+$": "must be an address that begins with https://, without blanks",
+    r"^$|^[0-2](\.(0|[1-9][0-9]*))+$": "must be numbers with points between them, as 1.2.826.0.1.3680043.10.1",
     r"^[0-9a-f]{64}$": "must be 64 hexadecimal digits in lower case",
 }
 

@@ -200,6 +200,37 @@ class SimulationConfig(Settings):
     )
 
 
+class ReleaseConfig(Settings):
+    """What a release says of who made it and how it may be used, and the least that it has to be; a hospital that
+    approves the study approves this, too. No site computes anything by it."""
+
+    title: Name | None = Field(default=None, description="of the published set; default: from the study's name")
+    authors: tuple[Name, ...] = Field(default=(), max_length=64, description="as they are to be cited")
+    contact: Shown = Field(default="", max_length=200, description="whom to ask: an address or a page")
+    licence: str = Field(
+        default="", max_length=64, pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        description="of the set and the weights: an SPDX identifier, or LicenseRef-NAME with licence_url; empty = none "
+        "is given",
+    )  # fmt: skip
+    licence_url: str = Field(default="", max_length=500, pattern=r"^$|^https://[!-~]+$")
+    url: str = Field(default="", max_length=500, pattern=r"^$|^https://[!-~]+$", description="where it is published")
+    uid_root: str = Field(
+        default="", max_length=30, pattern=r"^$|^[0-2](\.(0|[1-9][0-9]*))+$", description="of the UIDs of DICOM files"
+    )
+    min_auc: float | None = Field(
+        default=None, ge=0, le=1, description="least AUC of the classifier that is trained on the synthetic images"
+    )
+    smallest_class: int = Field(default=0, ge=0, le=1_000_000, description="least images of any class")
+
+    @model_validator(mode="after")
+    def _named_licence(self) -> ReleaseConfig:
+        if self.licence.startswith("LicenseRef-") and not self.licence_url:
+            raise ValueError("licence: a LicenseRef- is no known licence: it needs licence_url")
+        if self.licence_url and not self.licence:
+            raise ValueError("licence_url: needs licence, too")
+        return self
+
+
 class Study(Settings):
     """One collaboration, whole."""
 
@@ -216,6 +247,7 @@ class Study(Settings):
     generation: GenerationConfig = GenerationConfig()
     validation: ValidationConfig = ValidationConfig()
     simulation: SimulationConfig = SimulationConfig()
+    release: ReleaseConfig = ReleaseConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
@@ -272,8 +304,12 @@ class Study(Settings):
         return self.data.symmetry or _SYMMETRIES[self.study.modality]
 
     def agreed(self) -> dict[str, Any]:
-        """What every party agrees on, as plain JSON values: all settings but those of `ENVIRONMENT`."""
-        return self.model_dump(mode="json", exclude=ENVIRONMENT)
+        """What every party agrees on, as plain JSON values: all settings but those of `ENVIRONMENT`.
+
+        A release table that says nothing is left out: studies from before there was one keep their hash.
+        """
+        silent = self.release == ReleaseConfig()
+        return self.model_dump(mode="json", exclude={**ENVIRONMENT, "release": True} if silent else ENVIRONMENT)
 
     @cached_property
     def sha256(self) -> str:

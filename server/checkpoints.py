@@ -9,6 +9,7 @@ SPDX-License-Identifier: Apache-2.0
         checkpoints/               weights and moving average after each round (the last few)
         events.jsonl               what happened when; older parts are events-00001.jsonl and so on
         live.html                  how it stands, for a browser
+        release/                   what may be given away; there whole, or not at all
         sites/                     simulated sites only: their site files and private state
 """
 
@@ -101,6 +102,16 @@ class RunFolder:
                 remedy="Give the folder that `synthward run` made, as in runs/demo-20260102-030405.",
             )  # fmt: skip
         return cls(path)
+
+    @property
+    def release(self) -> Path:
+        """What the run releases: a folder of its own, that can be given away as it is."""
+        return self.path / "release"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the release is out. It appears whole, and is never written again."""
+        return (self.release / "SHA256SUMS").is_file()
 
     def study(self) -> Study:
         """The study as run; what was agreed is checked against its hash, settings of the machine may have changed."""

@@ -80,9 +80,9 @@ def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar=
     Example: synthward verify runs/demo-20260102-030405
     """
     from common.errors import CheckpointError
-    from server.release.bundle import verify_checksums
+    from server.release.checksums import verify_checksums
 
-    problems = verify_checksums(run_dir)
+    problems = verify_checksums(run_dir / "release" if (run_dir / "plan.json").exists() else run_dir)
     if problems:
         raise CheckpointError(
             "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""),
@@ -206,8 +206,8 @@ def _go_on(path: Path) -> None:
 
     folder = RunFolder.open(path)
     folder.study()
-    if (path / "SHA256SUMS").exists():  # written last: a release that is out must not change
-        print(f"already finished: {path / 'report.html'}")
+    if folder.finished:  # a release that is out must not change
+        print(f"already finished: {folder.release / 'report.html'}")
         return
     _simulate(path)
 

@@ -23,6 +23,7 @@ import psutil
 
 from common.errors import SynthwardError
 from common.files import write_json
+from server.checkpoints import RunFolder
 
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"  # as in pyproject.toml; a test holds them together
 OUTCOME = "outcome.json"
@@ -64,7 +65,7 @@ def main(run: str, sites: str, at_once: str, scratch: str) -> None:
                                   "logging_level": "ERROR", "_temp_dir": f"{scratch}/ray"},
                 },
             )  # fmt: skip
-        if not (Path(run) / "SHA256SUMS").exists():  # it may end without a word when its workers are gone
+        if not RunFolder(Path(run)).finished:  # it may end without a word when its workers are gone
             _exit(FAILED)
     except SynthwardError as error:
         told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}

@@ -169,7 +169,7 @@ def _alone(study: Study, mechanism: MechanismPlan) -> float:
 
 def summary(folder: RunFolder) -> str:
     """The final table of a finished run, from its metrics.json."""
-    metrics = read_json(folder.path / "metrics.json")
+    metrics = read_json(folder.release / "metrics.json")
     lines = ["", f"{'':<34}{'AUC':>22}{'macro F1':>22}"]
     for row in metrics["validation"]:
         lines.append(f"{row['name'][:34]:<34}{_figure(row['auc_macro']):>22}{_figure(row['f1_macro']):>22}")
@@ -181,7 +181,8 @@ def summary(folder: RunFolder) -> str:
         "",
         f"{metrics['images']} synthetic images, {metrics['minutes']:.1f} min, "
         f"peak memory {metrics['peak_memory_mb']:.0f} MB",
-        f"report: {folder.path / 'report.html'}",
+        f"release: {folder.release}",
+        f"report: {folder.release / 'report.html'}",
     ]
     return "\n".join(lines)
 

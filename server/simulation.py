@@ -54,7 +54,7 @@ def simulate(folder: RunFolder) -> None:
     with _machine(run) as machine, ExitStack() as stack:
         serving, logs = _Serving(machine, sites, stack), SiteLogs(sites)
         with _engine(machine, run, len(sites)) as engine:
-            _watch(engine, serving, logs, run / "SHA256SUMS")
+            _watch(engine, serving, logs, folder)
         _pass_on(machine, engine)
 
 
@@ -159,11 +159,11 @@ class _Process:
             self.popen.communicate()
 
 
-def _watch(engine: _Process, serving: _Serving, logs: SiteLogs, last: Path) -> None:
+def _watch(engine: _Process, serving: _Serving, logs: SiteLogs, folder: RunFolder) -> None:
     """Wait for the engine's end, while its daemons and the sites' processes live; show what only the sites' logs say.
 
     Args:
-        last: the file that a run writes last: once it is there, the engine may take its time.
+        folder: of the run: once its release is out, the engine may take its time.
 
     Raises:
         FederationError: a daemon of the engine is gone, and the engine does not end by itself.
@@ -179,7 +179,7 @@ def _watch(engine: _Process, serving: _Serving, logs: SiteLogs, last: Path) -> N
         engine.look()
         lost = engine.lost()
         lost_since = None if lost is None else lost_since or time.monotonic()
-        if lost_since is not None and time.monotonic() - lost_since > _END_SECONDS and not last.exists():
+        if lost_since is not None and time.monotonic() - lost_since > _END_SECONDS and not folder.finished:
             raise FederationError(f"the simulation engine's own process '{lost}' ended", where=str(engine.log))
         try:
             serving.look()

@@ -77,7 +77,7 @@ def _verified(deployment: Loopback) -> bool:
     """Whether the release is whole, and every hospital's ledger holds exactly what the claim says of it."""
     released = deployment.run_folder()
     print(worked(command("synthward", "verify", released)), end="")
-    claimed = {site["site"]: site for site in json.loads((released / "privacy.json").read_text())["sites"]}
+    claimed = {site["site"]: site for site in json.loads((released / "release" / "claim.json").read_text())["sites"]}
     good = True
     for party in deployment.hospitals:
         name = party.site.stem

@@ -26,6 +26,7 @@ from common.images import ImageSet
 from common.metrics import Estimate, auc_from_counts
 from common.model.classifier import BiomarkerClassifier
 from common.study import Study
+from server.checkpoints import RunFolder
 
 RULER = 4  # raise it with every change of how a figure is made: rows of another ruler are measured anew
 _SEED = 0
@@ -53,7 +54,7 @@ def measure(study: Study, run: Path, data: Path, *, cache: Path, real_steps: int
         DataError: the released images or the real ones cannot be used.
     """
     released = released_figures(study, run)
-    synthetic = synthetic_set(run / "synthetic" / "synthetic.npz", study.data)
+    synthetic = synthetic_set(RunFolder(run).release / "images.npz", study.data)
     real = whole(data, study.data)
     test, val = real.holdout, validation_split(data, study.data)
     teacher = real_classifier(real.train, study, steps=real_steps, cache=cache / _cache_name(data, real_steps, "train"))
@@ -94,7 +95,7 @@ def released_figures(study: Study, run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing, does not hold what it should, or is of another study.
     """
-    metrics, claim = read_json(run / "metrics.json"), read_json(run / "privacy.json")
+    metrics, claim = (read_json(RunFolder(run).release / name) for name in ("metrics.json", "claim.json"))
     try:
         rows = {str(row["name"]): row for row in metrics["validation"]}
         synthetic = next(row for name, row in rows.items() if name.startswith("trained on the synthetic"))

@@ -25,6 +25,7 @@ from benchmarks.utility.provenance import code_version, commit, hardware
 from benchmarks.utility.results import Result, Status, append, load
 from common.errors import CheckpointError, FederationError
 from common.files import canonical_json, read_json, write_json
+from server.checkpoints import RunFolder
 
 SYNTHWARD = (sys.executable, "-m", "server.cli")
 _REAL_STEPS, _QUICK_REAL_STEPS = 300, 60  # not the study's own: all recipes of a set are measured in one space
@@ -166,7 +167,7 @@ def run_folder(folder: Path) -> Path | None:
 def released(out: Path, result: Result) -> Path | None:
     """The synthetic set behind a result, where its run folder is still there."""
     run = run_folder(out / _identity(result) / f"{result.code}-{result.study_sha256[:12]}")
-    file = None if run is None else run / "synthetic" / "synthetic.npz"
+    file = None if run is None else RunFolder(run).release / "images.npz"
     return file if file is not None and file.is_file() else None
 
 
@@ -175,7 +176,7 @@ def _identity(result: Result) -> str:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "SHA256SUMS").is_file()
+    return RunFolder(run).finished
 
 
 def _is_resumable(run: Path) -> bool:

@@ -15,7 +15,7 @@ from server.checkpoints import RunFolder
 from server.deployment import nodes
 from server.deployment.certificates import days_left
 from server.deployment.folder import Deployment
-from server.deployment.studies import alive, finished, runs
+from server.deployment.studies import alive, runs
 from server.run_status import FAILED, FINISHED, RUNNING, STOPPED, RunStatus, told_by
 
 
@@ -59,10 +59,10 @@ def status_of(deployment: Deployment) -> Status:
 
 def run_status(folder: RunFolder) -> RunStatus:
     """What a run's events say."""
-    state = FINISHED if finished(folder) else RUNNING if alive(folder) else STOPPED
+    state = FINISHED if folder.finished else RUNNING if alive(folder) else STOPPED
     found = told_by(folder.events(), folder=str(folder.path), state=state)
-    if found.state == FINISHED and (folder.path / "metrics.json").exists():  # validation has cost something, too
-        found.epsilon = {**found.epsilon, **read_json(folder.path / "metrics.json")["epsilon"]["sites"]}
+    if found.state == FINISHED:  # validation has cost something, too
+        found.epsilon = {**found.epsilon, **read_json(folder.release / "metrics.json")["epsilon"]["sites"]}
     if found.error and found.state == STOPPED:
         found.state = FAILED
     return found

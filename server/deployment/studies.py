@@ -26,7 +26,6 @@ from common.text import printable
 from server.checkpoints import RunFolder
 from server.deployment.flower import ask, ask_or_hear, last_words
 from server.deployment.folder import Deployment
-from server.release.bundle import CHECKSUMS
 
 _LOOK_SECONDS, _ASK_SECONDS = 1.0, 10.0
 _START_SECONDS = 180.0  # from submission to the server app's first word
@@ -60,12 +59,12 @@ def carry_on(deployment: Deployment, folder: RunFolder, tell: Callable[[str], No
     Raises:
         SynthwardError: what the server app ended with, or that Flower cannot run it.
     """
-    if finished(folder):
+    if folder.finished:
         return
     watch = _Watch(folder)
     watch.skip()
     losses, steps = 0, watch.steps
-    while not finished(folder):
+    while not folder.finished:
         if watch.process() is None:
             if losses:
                 tell("Flower lost the run: its process is gone; starting it again from its checkpoint")
@@ -96,11 +95,6 @@ def stop(deployment: Deployment, folder: RunFolder) -> None:
         )
     folder.event("stopped")  # first: who follows it would start it again
     ask(deployment, "stop", number.group(1), "here")
-
-
-def finished(folder: RunFolder) -> bool:
-    """Whether the release is out: its checksums are written last."""
-    return (folder.path / CHECKSUMS).exists()
 
 
 def alive(folder: RunFolder) -> bool:
@@ -142,12 +136,12 @@ def _start(deployment: Deployment, folder: RunFolder, watch: _Watch, tell: Calla
         if time.monotonic() > asked + _ASK_SECONDS:
             asked = time.monotonic()
             over = _over(deployment, number)
-            if (over or asked > deadline) and watch.process() is None and not finished(folder):
+            if (over or asked > deadline) and watch.process() is None and not folder.finished:
                 raise FederationError(
                     f"the server app did not begin ({over or f'no word within {_START_SECONDS:.0f} s'})",
                     where=str(folder.path), remedy=f"Look at {deployment.path / 'state' / 'superlink.log'}.",
                 )  # fmt: skip
-        if finished(folder):
+        if folder.finished:
             return
 
 
@@ -214,7 +208,7 @@ class _Watch:
         Raises:
             SynthwardError: what it ended with.
         """
-        while self.process() is not None and not finished(self.folder):
+        while self.process() is not None and not self.folder.finished:
             self.read(tell)
             time.sleep(_LOOK_SECONDS)
         self.read(tell)

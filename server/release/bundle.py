@@ -1,82 +1,43 @@
-"""The release folder: what leaves the study, with checksums.
+"""The release: a folder of its own, which can be given away as it is.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
-from common.errors import CheckpointError
-from common.files import atomic_write, sha256_file, storage_error, write_json
+from common.files import atomic_write, pack_arrays, sha256_file, write_json
+from common.protocol import Arrays
+from common.study_file import parse_study, study_toml
+from server.release.checksums import write_checksums
+from server.release.documents import DESCRIBED, documents
+from server.release.facts import Facts
 from server.release.formats import write_npz, write_pngs
+from server.release.metrics import Metrics
+from server.release.publish import whole
 from server.release.report import ReportInputs, render_report
 
-CHECKSUMS = "SHA256SUMS"
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)  # it can be read in no other way
-_RELEASED = ("report.html", "privacy.json", "metrics.json", "study.toml", "study.sha256")
 
+def write_release(target: Path, inputs: ReportInputs, metrics: Metrics, weights: Arrays) -> Path:
+    """Write everything that is released; returns the report's path. The same inputs give the same bytes.
 
-def write_release(folder: Path, inputs: ReportInputs) -> Path:
-    """Write the synthetic set, privacy.json, report.html and SHA256SUMS; returns the report's path.
-
-    metrics.json, study.toml and study.sha256 are already there. Safe to repeat.
+    Args:
+        target: the folder, which appears whole or not at all.
+        weights: what the images were drawn from.
     """
-    synthetic = folder / "synthetic"
-    shutil.rmtree(synthetic / "png", ignore_errors=True)  # of an earlier, unfinished try
-    write_npz(synthetic / "synthetic.npz", inputs.synthetic)
-    note = f"Synthetic image, not a patient. Study {inputs.claim.study_sha256}"
-    write_pngs(synthetic / "png", inputs.synthetic, inputs.study.data.classes, note=note)
-    write_json(folder / "privacy.json", inputs.claim.to_json())
-    atomic_write(folder / "report.html", render_report(inputs).encode())
-    files = [folder / name for name in _RELEASED] + sorted(p for p in synthetic.rglob("*") if p.is_file())
-    lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}" for path in files]
-    atomic_write(folder / CHECKSUMS, ("\n".join(lines) + "\n").encode())
-    for path in (*files, folder / CHECKSUMS):
-        with suppress(OSError):  # some file systems have no modes
-            path.chmod(0o666 & ~_UMASK)  # it is there to be given away, and every file of it alike
-    return folder / "report.html"
-
-
-def verify_checksums(folder: Path) -> list[str]:
-    """What is wrong with a release's files, one line each; an empty list when all is as written.
-
-    Raises:
-        CheckpointError: there is no SHA256SUMS: no finished release; or the file is none of ours.
-        StorageError: it is there and cannot be read.
-    """
-    sums = folder / CHECKSUMS
-    try:
-        lines = [line.partition("  ") for line in sums.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"no finished release here (no {CHECKSUMS})", where=str(folder),
-            remedy="Give the folder that was released, or finish the run.",
-        ) from error  # fmt: skip
-    except NotADirectoryError as error:
-        raise CheckpointError("is a file", where=str(folder), remedy="Give the folder that was released.") from error
-    except OSError as error:
-        raise storage_error(error, sums) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError("not a list of checksums", where=str(sums), remedy="Ask for the release anew.") from error
-    problems = [problem for digest, _, name in lines if (problem := _problem(folder, digest, name))]
-    listed = {name for _, _, name in lines}
-    extra = {p.relative_to(folder).as_posix() for p in (folder / "synthetic").rglob("*") if p.is_file()} - listed
-    return problems + [f"{name} is not listed" for name in (*sorted(set(_RELEASED) - listed), *sorted(extra))]
-
-
-def _problem(folder: Path, digest: str, name: str) -> str:
-    """What is wrong with one file; empty where nothing is."""
-    path = folder / name
-    try:
-        if not name or not path.resolve().is_relative_to(folder.resolve()):
-            return f"{CHECKSUMS} has a line for no file of the release"
-        if not path.is_file():
-            return f"{name} is missing"
-        return "" if sha256_file(path) == digest else f"{name} was changed"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+    study = parse_study(inputs.study.agreed(), where="study")  # no path of this machine, and nothing of a simulation
+    with whole(target) as folder:
+        atomic_write(folder / "study.toml", study_toml(study).encode())
+        write_json(folder / "claim.json", inputs.claim.to_json())
+        write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
+        write_npz(folder / "images.npz", inputs.synthetic)
+        note = f"Synthetic image, not a patient. Study {inputs.claim.study_sha256}"
+        write_pngs(folder / "images", inputs.synthetic, study.data.classes, note=note)
+        atomic_write(folder / "report.html", render_report(inputs).encode())
+        atomic_write(folder / "generator" / "model.safetensors", pack_arrays(weights))
+        described = {name: sha256_file(folder / name) for name in DESCRIBED}
+        for name, text in documents(Facts(study, inputs.claim, metrics), described).items():
+            atomic_write(folder / name, text)
+        write_checksums(folder)
+    return target / "report.html"

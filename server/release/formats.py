@@ -27,11 +27,17 @@ _SPLITS = re.compile(  # what Hugging Face's `datasets` takes for one where no l
 
 
 def write_npz(path: Path, images: ImageSet) -> None:
-    """MedMNIST layout: train_images uint8 N×H×W (or N×H×W×3), train_labels uint8 N×1."""
+    """MedMNIST layout: train_images uint8 N×H×W (or N×H×W×3), train_labels uint8 N×1.
+
+    Its val and test parts are empty: readers ask for them, and synthetic images are nothing to test on. numpy gives
+    the members no time, so the same images are the same bytes.
+    """
+    pixels, labels = channels_last(images.images), images.labels.astype(np.uint8)[:, None]
     buffer = io.BytesIO()
     np.savez_compressed(
-        buffer, train_images=_channels_last(images.images), train_labels=images.labels.astype(np.uint8)[:, None]
-    )
+        buffer, train_images=pixels, train_labels=labels, val_images=pixels[:0], val_labels=labels[:0],
+        test_images=pixels[:0], test_labels=labels[:0],
+    )  # fmt: skip
     atomic_write(path, buffer.getvalue())
 
 
@@ -53,7 +59,8 @@ def _plain(name: str) -> str:
 
 
 def write_pngs(folder: Path, images: ImageSet, classes: tuple[str, ...], *, note: str) -> None:
-    """One PNG per image, in a folder per class, and a table of them beside; each says that it is synthetic.
+    """One PNG per image, in a folder per class, and metadata.csv, a table of them in the order of the npz; each says
+    that it is synthetic. Hugging Face's `imagefolder` and pandas read the table, torchvision the folders.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -62,24 +69,24 @@ def write_pngs(folder: Path, images: ImageSet, classes: tuple[str, ...], *, note
     info.add_text("Description", note)
     names, counters, table = folder_names(classes), [0] * len(classes), io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["file", "label", "class"])
+    rows.writerow(["file_name", "label", "class"])
     path = folder
     try:
-        for pixels, label in zip(_channels_last(images.images), images.labels.tolist(), strict=True):
+        for pixels, label in zip(channels_last(images.images), images.labels.tolist(), strict=True):
             path = folder / names[label] / f"{counters[label]:05d}.png"
             counters[label] += 1
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, pnginfo=info)
-            rows.writerow([path.relative_to(folder.parent).as_posix(), label, classes[label]])
+            rows.writerow([path.relative_to(folder).as_posix(), label, classes[label]])
     except OSError as error:
         raise storage_error(error, path) from error
-    atomic_write(folder.parent / "labels.csv", table.getvalue().encode())
+    atomic_write(folder / "metadata.csv", table.getvalue().encode())
 
 
 def contact_sheet(images: ImageSet, label: int, *, columns: int = 16, side: int = 64) -> bytes:
     """PNG of the first `columns` images of a class, side by side, enlarged without smoothing."""
     index = np.flatnonzero(images.labels == label)[:columns]
-    tiles = _channels_last(images.images[index])
+    tiles = channels_last(images.images[index])
     gap = 2
     sheet = Image.new("RGB", (columns * (side + gap) - gap, side), "white")
     for place, pixels in enumerate(tiles):
@@ -92,6 +99,6 @@ def contact_sheet(images: ImageSet, label: int, *, columns: int = 16, side: int 
     return buffer.getvalue()
 
 
-def _channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(N, C, H, W) -> (N, H, W) for one channel, (N, H, W, 3) for three."""
     return images[:, 0] if images.shape[1] == 1 else np.ascontiguousarray(images.transpose(0, 2, 3, 1))

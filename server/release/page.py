@@ -99,12 +99,12 @@ pre { overflow-x:auto; background:var(--page); padding:12px; border-radius:6px; 
 <tr><th scope="col">name</th><th scope="col">records</th><th scope="col">noise_multiplier</th><th scope="col">sensitivity</th><th scope="col">sample_rate</th><th scope="col">steps at most</th><th scope="col">what it releases</th></tr>
 {% for m in claim.mechanisms %}<tr><td>{{ m.name }}</td><td>{{ m.partition }}</td><td>{{ "%.4f"|format(m.noise_multiplier) }}</td><td>{{ "%.4g"|format(m.sensitivity) }}</td><td>{{ m.sample_rate }}</td><td>{{ m.steps }}</td><td class="wrap">{{ m.meaning }}</td></tr>
 {% endfor %}</table></div>
-<p class="note">Accountant: {{ claim.accountant|upper }}, {{ claim.accountant_version }}. Tuning: {{ claim.tuning.meaning }}.{% if claim.begun %} Sites were asked from {{ claim.begun }}{{ " to " + claim.ended if claim.ended }}.{% endif %} Composition, post-processing and all other fields: privacy.json.</p>
+<p class="note">Accountant: {{ claim.accountant|upper }}, {{ claim.accountant_version }}. Tuning: {{ claim.tuning.meaning }}.{% if claim.begun %} Sites were asked from {{ claim.begun }}{{ " to " + claim.ended if claim.ended }}.{% endif %} Composition, post-processing and all other fields: claim.json.</p>
 <p class="note">Not protected: {{ claim.unprotected|join("; ") }}. Random source of the noise: {{ claim.random_source }}. Libraries: {% for name, version in claim.libraries.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.</p>
 </section>
 
 <section><h2>How it was run</h2>
-<p class="note">{{ r.machine }}. The folder of this report holds the set as <code>synthetic/synthetic.npz</code> and PNGs, the figures as <code>metrics.json</code>, the statement as <code>privacy.json</code>, and checksums; <code>synthward verify</code> checks them.</p>
+<p class="note">{{ r.machine }}. The folder of this report holds the set as <code>images.npz</code> and PNGs, the figures as <code>metrics.json</code>, the statement as <code>claim.json</code>, and checksums; <code>synthward verify</code> checks them.</p>
 <pre>{{ settings }}</pre>
 </section>
 </main></body></html>

@@ -16,7 +16,7 @@ from common.claims import Claim, two_digits_up
 from common.images import ImageSet
 from common.metrics import Estimate, Figures
 from common.study import Study
-from common.study_file import study_toml
+from common.study_file import parse_study, study_toml
 from server.checkpoints import RoundRow
 from server.release.charts import curve
 from server.release.formats import contact_sheet
@@ -80,7 +80,11 @@ def render_report(inputs: ReportInputs) -> str:
         for label, name in enumerate(inputs.study.data.classes)
     ]
     return environment.from_string(TEMPLATE).render(
-        r=inputs, claim=inputs.claim, charts=charts, sheets=sheets, settings=study_toml(inputs.study)
+        r=inputs,
+        claim=inputs.claim,
+        charts=charts,
+        sheets=sheets,
+        settings=study_toml(parse_study(inputs.study.agreed(), where="study")),
     )
 
 

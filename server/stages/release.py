@@ -1,4 +1,4 @@
-"""Release: figures, claim, report and bundle from what the other stages have kept.
+"""Release: figures, claim and the folder that is given away, from what the other stages have kept.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 import platform
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from common.accounting import epsilon_of
 from common.claims import Claim, SiteClaim
-from common.files import write_json
 from common.images import ImageSet
 from common.mechanisms import PARTITIONS
 from common.metrics import Estimate, Figures, chance
-from server.checkpoints import Checkpoint
+from server.checkpoints import Checkpoint, RunFolder
 from server.release.bundle import write_release
+from server.release.metrics import SYNTHETIC, Metrics
 from server.release.report import ReportInputs, SiteRow, ValidationRow
 from server.session import Session
 
@@ -34,7 +34,7 @@ UNPROTECTED = (
     "the study's settings, the number of rounds, and what the plan cost",
 )
 _NAMES = {
-    "synthetic": "trained on the synthetic images",
+    "synthetic": SYNTHETIC,
     "reference": "reference: trained on real images at each site, privately",
 }
 
@@ -43,14 +43,14 @@ def release(
     session: Session, state: Checkpoint, synthetic: ImageSet, merged: dict[str, Figures],
     by_site: dict[str, dict[str, Figures]], prevalence: list[float], *, seconds: float, peak_memory_mb: float,
 ) -> Path:  # fmt: skip
-    """Write metrics.json and the release; returns the report's path."""
+    """Write the release; returns the report's path."""
     import numpy as np
 
     session.progress.stage("release", "writing the report and the synthetic set")
-    study, members = session.agreement.study, sorted(session.members.values(), key=lambda m: m.name)
-    claim = claim_of(session)
+    study, claim, folder = session.agreement.study, claim_of(session), session.folder
+    classes = study.data.classes
     rows = [ValidationRow(_NAMES[name], f.auc_macro, f.f1_macro, f) for name, f in merged.items()]
-    guess = chance(len(study.data.classes), np.asarray(prevalence))
+    guess = chance(len(classes), np.asarray(prevalence))
     rows.append(ValidationRow("chance", _exactly(guess.auc), _exactly(guess.f1_macro)))
     sites = [
         SiteRow(
@@ -58,12 +58,13 @@ def release(
             sum(m.name in row.rejected for row in state.rows),
             by_site[m.name]["synthetic"].auc_macro if m.name in by_site else None,
         )
-        for m in members
+        for m in sorted(session.members.values(), key=lambda m: m.name)
     ]  # fmt: skip
-    write_json(session.folder.path / "metrics.json", {
-        "study": study.study.name, "sha256": study.sha256, "images": len(synthetic), "rounds": state.round,
-        "minutes": round(seconds / 60, 2), "peak_memory_mb": round(peak_memory_mb, 1), "machine": _machine(),
-        "phantoms": claim.phantoms,
+    own = _own_facts(folder, claim, seconds=seconds, peak_memory_mb=peak_memory_mb)
+    metrics = Metrics.model_validate({
+        "study": study.study.name, "sha256": study.sha256, "images": len(synthetic),
+        "classes": dict(zip(classes, np.bincount(synthetic.labels, minlength=len(classes)).tolist(), strict=True)),
+        "rounds": state.round, **own, "phantoms": claim.phantoms,
         "epsilon": {"ceiling": claim.epsilon_ceiling, "delta": claim.delta, "max": claim.epsilon_max,
                     "sum": claim.epsilon_sum, "sites": {s.site: s.epsilon for s in claim.sites}},
         "validation": [
@@ -73,13 +74,27 @@ def release(
         "by_site": {s: {n: f.to_json() for n, f in figures.items()} for s, figures in by_site.items()},
         "loss": [row.loss for row in state.rows],
     })  # fmt: skip
-    warnings = [event["text"] for event in session.folder.events() if event["event"] == "warning"]
-    return write_release(session.folder.path, ReportInputs(
-        run=session.folder.path.name, finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        minutes=seconds / 60, peak_memory_mb=peak_memory_mb, machine=_machine(), study=study, claim=claim,
-        rounds=state.rows,
-        synthetic=synthetic, validation=rows, sites=sites, warnings=warnings,
-    ))  # fmt: skip
+    events = folder.events()
+    at = datetime.fromisoformat(next(e["at"] for e in events if e["event"] == "stage" and e["stage"] == "release"))
+    return write_release(folder.release, ReportInputs(
+        run=folder.path.name, finished=at.strftime("%Y-%m-%d %H:%M UTC"), minutes=metrics.minutes,
+        peak_memory_mb=metrics.peak_memory_mb, machine=metrics.machine, study=study, claim=claim, rounds=state.rows,
+        synthetic=synthetic, validation=rows, sites=sites,
+        warnings=[event["text"] for event in events if event["event"] == "warning"],
+    ), metrics, state.ema)  # fmt: skip
+
+
+def _own_facts(folder: RunFolder, claim: Claim, *, seconds: float, peak_memory_mb: float) -> dict[str, Any]:
+    """What this run took, as it was when it first came this far: a second pass writes the same bytes.
+
+    What the ledgers had reported is kept beside: `synthward release` compares the claim with it.
+    """
+    own = (folder.result("release") or {}).get("own") or {
+        "minutes": round(seconds / 60, 2), "peak_memory_mb": round(peak_memory_mb, 1), "machine": _machine()
+    }  # fmt: skip
+    reported = {site.site: site.model_dump(mode="json") for site in claim.sites}
+    folder.keep_result("release", {"own": own, "reported": reported})
+    return own
 
 
 def claim_of(session: Session) -> Claim:

@@ -218,8 +218,9 @@ def test_a_study_goes_through_the_containers_to_its_release(images, folder, caps
         with capsys.disabled():
             print(f"\na study through seven containers: {time.monotonic() - began:.0f} s")
     (run,) = (folder / "deployment" / "runs").iterdir()
-    assert (run / "SHA256SUMS").exists() and (run / "report.html").exists()
-    assert json.loads((run / "privacy.json").read_text())
+    release = run / "release"
+    assert (release / "SHA256SUMS").exists() and (release / "report.html").exists()
+    assert json.loads((release / "claim.json").read_text())
 
 
 class _Deployment:

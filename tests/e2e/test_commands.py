@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from server.release.bundle import verify_checksums
+from server.release.checksums import verify_checksums
 from support.datasets import good_arrays, write_npz
 from support.paths import real_data
 from support.studies import tiny_toml
@@ -169,12 +169,12 @@ def test_a_study_runs_under_flowers_engine_to_a_verified_release(study, tmp_path
     result = _synthward("run", study, "--out", tmp_path / "runs", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert f"report: {tmp_path / 'runs' / run.name / 'report.html'}" in result.stdout
-    for name in ("study.toml", "study.sha256", "metrics.json", "events.jsonl", "privacy.json", "report.html",
-                 "synthetic/synthetic.npz", "checkpoints/round-00002.safetensors"):  # fmt: skip
+    assert f"report: {tmp_path / 'runs' / run.name / 'release' / 'report.html'}" in result.stdout
+    for name in ("study.toml", "study.sha256", "events.jsonl", "checkpoints/round-00002.safetensors",
+                 "release/report.html", "release/images.npz"):  # fmt: skip
         assert (run / name).is_file(), name
-    assert verify_checksums(run) == []
-    metrics = json.loads((run / "metrics.json").read_text())
+    assert verify_checksums(run / "release") == []
+    metrics = json.loads((run / "release" / "metrics.json").read_text())
     assert set(metrics["epsilon"]["sites"]) == {"site-1", "site-2", "site-3"}
     assert 0 < metrics["epsilon"]["max"] <= 8
     assert (run / "sites" / "site-1" / "ledger.sqlite").is_file()
@@ -197,8 +197,8 @@ def test_a_killed_run_goes_on_from_its_last_round(study, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     result = _synthward("run", "--resume", run, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert verify_checksums(run) == []
-    metrics = json.loads((run / "metrics.json").read_text())
+    assert verify_checksums(run / "release") == []
+    metrics = json.loads((run / "release" / "metrics.json").read_text())
     assert metrics["rounds"] >= 5
     assert metrics["epsilon"]["max"] <= 8
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.release.bundle import verify_checksums
+from server.release.checksums import verify_checksums
 from support.paths import REPOSITORY
 from support.sites import write_images
 from support.studies import tiny_toml
@@ -69,7 +69,7 @@ class _Started:
 
     @property
     def claim(self) -> dict:
-        return json.loads((self.run / "privacy.json").read_text())
+        return json.loads((self.run / "release" / "claim.json").read_text())
 
     def go_on(self) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "server.cli", "run", "--resume", str(self.run)]
@@ -115,7 +115,7 @@ def test_ctrl_c_ends_a_run_and_the_printed_command_goes_on_with_it(started):
     assert run.process.returncode == 130
     words = shlex.split(line.partition("Go on with: ")[2])
     assert words[:3] == ["synthward", "run", "--resume"] and (run.folder / words[3]).samefile(run.run)
-    assert not (run.run / "SHA256SUMS").exists()
+    assert not (run.run / "release").exists()
     again = [sys.executable, "-P", "-m", "server.cli", *words[1:], "--set", "x=1"]  # the words are read, nothing runs
     said = subprocess.run(again, cwd=run.folder, capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
@@ -159,7 +159,7 @@ def test_a_terminal_that_is_closed_ends_it(tmp_path):
             with contextlib.suppress(psutil.Error, OSError):
                 member.kill()
     (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "plan.json").exists() and not (run / "SHA256SUMS").exists()
+    assert (run / "plan.json").exists() and not (run / "release").exists()
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_later(started, victim, s
     assert line.startswith("error: ") and said in line and "synthward run --resume" in line
     done = run.go_on()
     assert done.returncode == 0, done.stderr
-    assert verify_checksums(run.run) == []
+    assert verify_checksums(run.run / "release") == []
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_a_sites_process_that_dies_is_started_again_and_waited_for(started):
     run.one("client.cli").kill()
     assert run.process.wait(400) == 0, run.text
     assert "ended (signal 9" in run.text and "it is started again" in run.text
-    assert verify_checksums(run.run) == []
+    assert verify_checksums(run.run / "release") == []
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_a_run_whose_images_were_exchanged_says_so_and_goes_on_when_they_are_bac
     (tmp_path / "own.npz").write_bytes(own)
     done = run.go_on()
     assert done.returncode == 0, done.stderr
-    assert verify_checksums(run.run) == []
+    assert verify_checksums(run.run / "release") == []
 
 
 @pytest.fixture
@@ -278,5 +278,5 @@ def test_a_disk_that_fills_during_a_run_is_named_and_the_run_goes_on_when_there_
     filler.unlink()
     done = run.go_on()
     assert done.returncode == 0, done.stderr
-    assert verify_checksums(run.run) == []
+    assert verify_checksums(run.run / "release") == []
     assert sum(claim["basis"] == "ledger" for claim in run.claim["sites"]) == 3

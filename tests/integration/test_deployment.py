@@ -163,14 +163,14 @@ def test_three_users_run_a_study_over_flowers_own_processes(parties):
         os.chown(path, COORDINATOR, COORDINATOR)
     config = f'study="{coordinator / "study.toml"}" out="{runs}"'
     parties.run(COORDINATOR, coordinator, parties.bin / "flwr", "run", tree, "here", "--run-config", config)
-    _wait("no release", logs, until=lambda: list(runs.glob("*/SHA256SUMS")))
+    _wait("no release", logs, until=lambda: list(runs.glob("*/release/SHA256SUMS")))
     (run,) = runs.iterdir()
     assert "as it was written" in parties.run(COORDINATOR, coordinator, "-m", "server.cli", "verify", run)
     assert owners(runs) == {COORDINATOR}
     users = {home: uid for home in parties.folder.iterdir() if home.is_dir() and (uid := home.stat().st_uid) > SITE - 1}
     for number, (name, (home, _)) in enumerate(zip(HOSPITALS, hospitals, strict=True)):
         assert owners(home) == {SITE + 100 * number}
-        assert name in (run / "privacy.json").read_text()
+        assert name in (run / "release" / "claim.json").read_text()
         output = parties.run(SITE + 100 * number, home, "-m", "client.cli", "verify-ledger", home / "site.toml")
         assert "unbroken" in output
     assert len(set(users.values())) == 5

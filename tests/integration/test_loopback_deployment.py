@@ -107,8 +107,8 @@ def test_an_invitation_or_a_key_that_somebody_exchanged_is_refused(whole, tmp_pa
     forged = tmp_path / "invitation.json"
     given["certificate"] = (tmp_path / "crt").read_text()
     own = {name: given[name] for name in ("coordinator", "certificate", "bundles", "number")}
-    for data, words in ((json.dumps(given), "its signature does not fit"),
-                        (invitation(Ed25519PrivateKey.generate(), **own).model_dump_json(), "not the one given")):  # fmt: skip
+    signed = invitation(Ed25519PrivateKey.generate(), **own).model_dump_json()
+    for data, words in ((json.dumps(given), "its signature does not fit"), (signed, "not the one given")):
         forged.write_text(data)
         result = command("synthward-site", "join", tmp_path / "c", "--invitation", forged, "--fingerprint", said,
                          "--name", "x")  # fmt: skip
@@ -251,7 +251,7 @@ def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_f
     assert "as it was written" in worked(command("synthward", "verify", study.folder.path))
     rows = study.folder.last_checkpoint().rows
     assert [row.round for row in rows] == list(range(1, ROUNDS + 1))
-    claim = {site["site"]: site for site in json.loads((study.folder.path / "privacy.json").read_text())["sites"]}
+    claim = {site["site"]: site for site in json.loads((study.folder.release / "claim.json").read_text())["sites"]}
     for party in deployment.hospitals:
         assert "unbroken" in worked(command("synthward-site", "verify-ledger", party.site))
         spent, told = _spent(party), claim[party.site.stem]

@@ -41,8 +41,8 @@ def release(request, tmp_path):
     names = NAMES[request.param]
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(names)), 3))
     images = ImageSet(np.repeat(labels, 64).reshape(-1, 1, 8, 8).astype(np.uint8), labels)
-    write_npz(tmp_path / "synthetic.npz", images)
-    write_pngs(tmp_path / "png", images, names, note="synthetic")
+    write_npz(tmp_path / "images.npz", images)
+    write_pngs(tmp_path / "images", images, names, note="synthetic")
     return tmp_path, labels, names
 
 
@@ -50,7 +50,7 @@ def test_torchvision(release):
     create_backbone("test_vit3", channels=1, classes=2, image_size=16)  # makes up for a torchvision of another torch
     datasets = importlib.import_module("torchvision.datasets")
     folder, labels, names = release
-    found = datasets.ImageFolder(str(folder / "png"))
+    found = datasets.ImageFolder(str(folder / "images"))
     assert found.classes == folder_names(names)
     assert sorted(found.targets) == sorted(labels.tolist())
     assert all(np.asarray(image)[0, 0, 0] == label for image, label in found)
@@ -61,20 +61,21 @@ def test_hugging_face(release, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     load_dataset = importlib.import_module("datasets").load_dataset
     folder, labels, names = release
-    found = load_dataset("imagefolder", data_dir=str(folder / "png"), cache_dir=str(tmp_path / "cache"))
+    found = load_dataset("imagefolder", data_dir=str(folder / "images"), cache_dir=str(tmp_path / "cache"))
     assert list(found) == ["train"] and len(found["train"]) == len(labels)
-    assert found["train"].features["label"].names == folder_names(names)
-    assert all(np.asarray(row["image"]).flat[0] == row["label"] for row in found["train"])
+    rows = [(np.asarray(row["image"]).flat[0], row["label"], row["class"]) for row in found["train"]]
+    assert all(pixel == label and names[label] == name for pixel, label, name in rows)
 
 
 def test_pandas(release):
     read_csv = importlib.import_module("pandas").read_csv
     image = importlib.import_module("PIL.Image")
     folder, labels, names = release
-    table = read_csv(folder / "labels.csv", dtype={"class": str})
+    table = read_csv(folder / "images" / "metadata.csv", dtype={"class": str})
     assert len(table) == len(labels) and [names[label] for label in table["label"]] == table["class"].tolist()
     assert all(
-        np.asarray(image.open(folder / file)).flat[0] == label for file, label in zip(table["file"], table["label"])
+        np.asarray(image.open(folder / "images" / file)).flat[0] == label
+        for file, label in zip(table["file_name"], table["label"])
     )
 
 
@@ -84,8 +85,10 @@ def test_medmnist(release):
     create_backbone("test_vit3", channels=1, classes=2, image_size=16)  # as above: it asks for torchvision
     medmnist = importlib.import_module("medmnist")
     folder, labels, _ = release
-    (folder / "synthetic.npz").rename(folder / "pneumoniamnist.npz")
+    (folder / "images.npz").rename(folder / "pneumoniamnist.npz")
     found = medmnist.PneumoniaMNIST(split="train", root=str(folder), download=False)
+    empty = [medmnist.PneumoniaMNIST(split=split, root=str(folder), download=False) for split in ("val", "test")]
+    assert all(len(part.imgs) == len(part.labels) == 0 for part in empty)
     rows = [found[number] for number in range(len(labels))]
     assert [int(label[0]) for _, label in rows] == labels.tolist()
     assert all(np.asarray(image).flat[0] == label for (image, _), label in zip(rows, labels, strict=True))
@@ -93,7 +96,7 @@ def test_medmnist(release):
 
 def test_the_layout_of_medmnist(release):
     folder, labels, _ = release
-    with np.load(folder / "synthetic.npz", allow_pickle=False) as archive:
+    with np.load(folder / "images.npz", allow_pickle=False) as archive:
         images, found = archive["train_images"], archive["train_labels"]
     assert images.dtype == np.uint8 and images.shape == (len(labels), 8, 8) and found.shape == (len(labels), 1)
     assert (images[:, 0, 0] == found[:, 0]).all() and (found[:, 0] == labels).all()

@@ -19,7 +19,7 @@ from server import pipeline
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
 from server.progress import Progress
-from server.release.bundle import verify_checksums
+from server.release.checksums import verify_checksums
 from server.stages import train as train_stage
 from support.grid import InProcessGrid, tampered
 from support.sites import approve, make_site
@@ -54,10 +54,10 @@ class _Run:
         return [entry.body["mechanism"] for entry in self.ledger(number).entries() if entry.kind == "reserved"]
 
     def metrics(self):
-        return json.loads((self.folder.path / "metrics.json").read_text())
+        return json.loads((self.folder.release / "metrics.json").read_text())
 
     def claim(self):
-        return Claim.from_json(json.loads((self.folder.path / "privacy.json").read_text()))
+        return Claim.from_json(json.loads((self.folder.release / "claim.json").read_text()))
 
 
 def test_a_study_runs_to_a_release_and_never_passes_its_epsilon(tmp_path):
@@ -66,11 +66,11 @@ def test_a_study_runs_to_a_release_and_never_passes_its_epsilon(tmp_path):
     text = report.read_text()
     assert "PHANTOMS" in text
     assert not re.search(r"<script|@import|url\((?!#)|(src|href)=.(http|//)", text)  # nothing is loaded from anywhere
-    with np.load(run.folder.path / "synthetic" / "synthetic.npz", allow_pickle=False) as made:
+    with np.load(run.folder.release / "images.npz", allow_pickle=False) as made:
         assert made["train_images"].shape == (24, 16, 16)
         assert set(np.unique(made["train_labels"])) == {0, 1}
-    assert len(list((run.folder.path / "synthetic" / "png").rglob("*.png"))) == 24
-    assert verify_checksums(run.folder.path) == []
+    assert len(list((run.folder.release / "images").rglob("*.png"))) == 24
+    assert verify_checksums(run.folder.release) == []
     claim = run.claim()
     for number in (1, 2, 3):
         spent = run.ledger(number).spent(delta=1e-5, accountant="rdp")
@@ -86,9 +86,9 @@ def test_a_study_runs_to_a_release_and_never_passes_its_epsilon(tmp_path):
 def test_a_changed_released_file_is_noticed(tmp_path):
     run = _Run(tmp_path)
     run.go()
-    (run.folder.path / "privacy.json").write_text("{}")
-    (run.folder.path / "synthetic" / "png" / "extra.png").write_bytes(b"x")
-    assert verify_checksums(run.folder.path) == ["privacy.json was changed", "synthetic/png/extra.png is not listed"]
+    (run.folder.release / "claim.json").write_text("{}")
+    (run.folder.release / "images" / "extra.png").write_bytes(b"x")
+    assert verify_checksums(run.folder.release) == ["claim.json was changed", "images/extra.png is not listed"]
 
 
 def _nan(answer, arrays):
@@ -398,7 +398,7 @@ def test_of_the_candidates_as_many_are_released_as_the_study_wants(tmp_path):
         run.go()
         files = run.folder.path.glob("checkpoints/generated-*/batch-*.npz")
         assert sum(len(np.load(file)["labels"]) for file in files) == drawn
-        assert len(np.load(run.folder.path / "synthetic" / "synthetic.npz")["train_labels"]) == 24
+        assert len(np.load(run.folder.release / "images.npz")["train_labels"]) == 24
 
 
 def test_bad_moments_are_dropped_and_named(tmp_path):

@@ -186,4 +186,4 @@ def test_a_run_needs_no_home(srv, packages):
     run = start(COORDINATOR, *command, env=env, cwd=folder)
     _, error = run.communicate(timeout=400)
     assert run.returncode == 0, error.decode()
-    assert list(folder.glob("runs/*/report.html"))
+    assert list(folder.glob("runs/*/release/report.html"))

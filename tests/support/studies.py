@@ -37,7 +37,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 def tiny_study(**sections: dict[str, Any]) -> Study:
     """The tiny study with some settings changed: tiny_study(training={"rounds": 3})."""
-    raw = {name: {**values, **sections.get(name, {})} for name, values in TINY.items()}
+    raw = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {**TINY, **sections}}
     return parse_study(raw, where="tiny")
 
 

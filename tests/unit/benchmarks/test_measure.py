@@ -98,17 +98,17 @@ def a_run(folder, *, sha: str = STUDY.sha256, synthetic=None):
     """What `synthward run` leaves, as far as it is measured."""
     images, labels = synthetic or pictures(60, 9)
     released = ImageSet(images[:, None], labels)
-    release_npz(folder / "synthetic" / "synthetic.npz", released)
+    release_npz(folder / "release" / "images.npz", released)
     classifier = BiomarkerClassifier.fit(released, classes=2, channels=1, config=STUDY.validation, seed=3)
     atomic_write(folder / "checkpoints" / "classifier-0.safetensors", pack_arrays(classifier.state()))
     estimate = {"value": 0.7, "low": 0.6, "high": 0.8}
     names = [*release._NAMES.values(), "chance"]
     rows = [{"name": name, "auc_macro": {**estimate, "value": 0.7 - i / 100}, "f1_macro": estimate}
             for i, name in enumerate(names)]  # fmt: skip
-    write_json(folder / "metrics.json", {"sha256": sha, "peak_memory_mb": 12.5, "validation": rows})
+    write_json(folder / "release" / "metrics.json", {"sha256": sha, "peak_memory_mb": 12.5, "validation": rows})
     sites = site_claim("site-1", 7.5, 1.0), site_claim("site-2", 7.75, 1.0)
     claim = claim_with(study="tiny", study_sha256=sha, accountant="rdp", sites=sites)
-    write_json(folder / "privacy.json", claim.to_json())
+    write_json(folder / "release" / "claim.json", claim.to_json())
     return folder
 
 
@@ -155,13 +155,13 @@ def test_a_run_of_another_study_is_not_measured(tmp_path):
         released_figures(STUDY, a_run(tmp_path, sha="0" * 64))
 
 
-@pytest.mark.parametrize("file", ["metrics.json", "privacy.json"])
+@pytest.mark.parametrize("file", ["metrics.json", "claim.json"])
 def test_a_run_that_is_not_finished_is_one_error(tmp_path, file):
     a_run(tmp_path)
-    (tmp_path / file).write_text("{}")
+    (tmp_path / "release" / file).write_text("{}")
     with pytest.raises(CheckpointError):
         released_figures(STUDY, tmp_path)
-    (tmp_path / file).unlink()
+    (tmp_path / "release" / file).unlink()
     with pytest.raises(CheckpointError, match=file):
         released_figures(STUDY, tmp_path)
 

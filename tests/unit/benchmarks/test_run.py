@@ -48,7 +48,8 @@ if order == "hang":
     time.sleep(60)
 if order == "fail":
     sys.exit("error: no good")
-(run / "SHA256SUMS").write_text("")
+(run / "release").mkdir()
+(run / "release" / "SHA256SUMS").write_text("")
 """
 
 

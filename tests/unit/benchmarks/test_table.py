@@ -162,7 +162,7 @@ def test_a_sheet_has_a_row_for_each_entry_and_room_for_its_caption():
 def keep_release(out, entry: Result, value: int) -> None:
     row = Row(entry.dataset, entry.epsilon, entry.recipe, entry.seed)
     run = out / row.identity / f"{entry.code}-{entry.study_sha256[:12]}" / "pneumonia-1"
-    write_npz(run / "synthetic" / "synthetic.npz", some_images(value))
+    write_npz(run / "release" / "images.npz", some_images(value))
     (run / "study.sha256").write_text(entry.study_sha256)
 
 

@@ -82,7 +82,9 @@ def _step(run, number=1):
 
 
 def _finish(run):
-    (run.path / "SHA256SUMS").write_text("")
+    run.release.mkdir()
+    (run.release / "SHA256SUMS").write_text("")
+    (run.release / "metrics.json").write_text('{"epsilon": {"sites": {}}}')
 
 
 def test_a_run_whose_process_is_gone_without_a_word_is_started_again(folder, deployment, monkeypatch):

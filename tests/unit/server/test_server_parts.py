@@ -17,7 +17,7 @@ from common.model.diffusion_model import initial_weights
 from common.optimizer import largest_update_norm
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.federation.aggregation import average, moved, moving_average, within
-from server.release.bundle import verify_checksums
+from server.release.checksums import verify_checksums
 from server.release.formats import contact_sheet, folder_names, write_npz, write_pngs
 from server.synthesis.generation import generate, planned_labels
 from support.studies import agreement, tiny_study
@@ -209,6 +209,7 @@ def test_released_images_are_the_generated_pixels(tmp_path, channels):
         assert np.array_equal(back["train_images"], expected)
         assert back["train_labels"].tolist() == [[0], [1], [1], [0], [1]]
     write_pngs(tmp_path / "png", images, ("a", "b/../c"), note="synthetic")
+    assert (tmp_path / "png" / "metadata.csv").read_text().startswith("file_name,label,class\n0-a/00000.png,0,a\n")
     files = sorted((tmp_path / "png").rglob("*.png"))
     assert [f.parent.name for f in files] == ["0-a", "0-a", "1-b-c", "1-b-c", "1-b-c"]
     with Image.open(files[0]) as picture:
@@ -239,8 +240,8 @@ def test_verify_says_what_is_wrong(tmp_path):
     (tmp_path / "here").write_text("x")
     none = "SHA256SUMS has a line for no file of the release"
     problems = verify_checksums(tmp_path)
-    assert problems[:4] == [none, "gone is missing", "here was changed", none]
-    assert "report.html is not listed" in problems and "privacy.json is not listed" in problems
+    assert problems[:3] == [none, "gone is missing", "here was changed"]
+    assert "report.html is not listed" in problems and "claim.json is not listed" in problems
     with pytest.raises(CheckpointError, match="Give the folder"):
         verify_checksums(tmp_path / "here")
     sums.unlink()
