@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo deploy-demo test test-all docker-test mutations lint fmt report bench-utility clean
+.PHONY: help install demo deploy-demo soak test test-all docker-test mutations lint fmt report bench-utility clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ demo: install    ## three phantom sites, end to end, to a report
 
 deploy-demo: install  ## a coordinator and three hospitals as separate processes, two of them killed on the way
 	@$(BIN)/python tests/deploy_demo.py
+
+soak: install    ## MINUTES=30 of studies by SITES=5 hospitals, whose parts are killed at random; memory has to stay flat
+	@MINUTES=$(or $(MINUTES),30) SITES=$(or $(SITES),5) $(BIN)/python tests/soak.py
 
 test: install    ## everything that is quick: under 10 minutes on two cores
 	@$(BIN)/python -m pytest

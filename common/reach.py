@@ -11,6 +11,7 @@ import http.client
 import socket
 import ssl
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +20,8 @@ from email.utils import parsedate_to_datetime
 FLEET = "/v1/fleet/send-node-heartbeat"
 _SECONDS = 10.0
 _EXPIRED, _NOT_YET, _OTHER_NAME = 10, 9, {62, 64}  # OpenSSL's X509_V_ERR_*
-_CLOCK_SECONDS = 60.0  # Flower takes a signature for stale after about as long
+# Flower refuses a signature that is more than five minutes old, or that is to be made in five seconds.
+_BEHIND_SECONDS, _AHEAD_SECONDS = 300.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Reached:
         problem, remedy: why it cannot be reached; empty when it can.
         status: of the HTTP answer; 0 where there was none.
         days: until its certificate expires.
-        clock: seconds by which its clock is ahead of this one.
+        clock: seconds by which its clock is at least ahead of this one (or, below zero, behind).
     """
 
     problem: str = ""
@@ -100,26 +102,35 @@ def _asked(secure: ssl.SSLSocket, host: str, path: str) -> Reached:
     peer = secure.getpeercert() or {}
     days = (ssl.cert_time_to_seconds(str(peer["notAfter"])) - datetime.now(UTC).timestamp()) / 86400
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    began = time.monotonic()
     secure.sendall(head.encode())
     answer = http.client.HTTPResponse(secure)
     answer.begin()
-    clock = _ahead(answer.headers["Date"])
+    clock = _ahead(answer.headers["Date"], time.monotonic() - began)
     if answer.status >= 500:
         return Reached(f"its proxy answers, but Flower behind it does not ({answer.status})",
                        "Ask the coordinator for `synthward deploy status`.", answer.status, days, clock)  # fmt: skip
-    if abs(clock) > _CLOCK_SECONDS:
-        return Reached(f"the clocks differ by {abs(clock):.0f} s", "Set this machine's clock (NTP).",
+    if not -_AHEAD_SECONDS < clock < _BEHIND_SECONDS:
+        which = "behind" if clock > 0 else "ahead of"
+        return Reached(f"the clocks differ: this machine's is {abs(clock):.0f} s {which} the coordinator's",
+                       "Set the one that is wrong (NTP); until then Flower refuses this carrier's signatures.",
                        answer.status, days, clock)  # fmt: skip
     return Reached("", "", answer.status, days, clock)
 
 
-def _ahead(date: str | None) -> float:
-    """Seconds by which a clock is ahead of this one; 0 where it tells no time, whatever else it tells."""
+def _ahead(date: str | None, seconds: float) -> float:
+    """Seconds by which a clock is at least ahead of this one; 0 where it tells no time, whatever else it tells.
+
+    Args:
+        seconds: how long ago it was asked. When it looked is not known, nor which part of its second it was in: of what
+            is possible the least is taken, so that a slow line is no wrong clock.
+    """
     try:
         told = parsedate_to_datetime(str(date))
-        return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
+        least = (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
     except (ValueError, TypeError, OverflowError):
         return 0.0
+    return max(0.0, least) + min(0.0, least + seconds + 1.0)
 
 
 def _not_believed(error: ssl.SSLCertVerificationError, address: str) -> Reached:

@@ -137,8 +137,18 @@ class Loopback:
         self.up.wait_for("ready:")
         return self.up
 
-    def hospital(self, site: Path, said: str) -> Party:
-        """A hospital that has approved the study, serves its records, and whose carrier is admitted and runs."""
+    @property
+    def port(self) -> int:
+        """That hospitals reach."""
+        invitation = json.loads((self.coordinator / "invitation.json").read_text())
+        return int(invitation["coordinator"].rpartition(":")[2])
+
+    def hospital(self, site: Path, said: str, *, through: int = 0) -> Party:
+        """A hospital that has approved the study, serves its records, and whose carrier is admitted and runs.
+
+        Args:
+            through: another port of this machine by which its carrier goes.
+        """
         name, party = site.stem, Party(site, self.folder / f"{site.stem}-carrier")
         worked(command("synthward-site", "init", site))
         worked(command("synthward-site", "approve", site, "--study", self.study, "--by", "Dr. A. Example"))
@@ -148,6 +158,9 @@ class Loopback:
         ))  # fmt: skip
         worked(command("synthward", "deploy", "admit", self.coordinator, party.carrier / f"{name}.pub", "--fingerprint",
                        fingerprint(out)))  # fmt: skip
+        if through:
+            file = party.carrier / "carrier.toml"
+            file.write_text(file.read_text().replace(f"localhost:{self.port}", f"localhost:{through}"))
         self.serve(party)
         self.carry(party)
         self.hospitals.append(party)

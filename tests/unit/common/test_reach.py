@@ -8,10 +8,12 @@ import ssl
 import threading
 import time
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 
+from common import reach as reaching
 from common.findings import Finding
 from common.reach import FLEET, reach
 from server.deployment import certificates
@@ -99,10 +101,22 @@ def test_a_proxy_without_flower_behind_it(made):
     assert "502" in found.problem
 
 
-def test_a_clock_that_is_off(made):
-    with served(made, date="Tue, 01 Jan 2019 00:00:00 GMT") as (port, _):
+@pytest.mark.parametrize(("seconds", "told"), [
+    (-3600, "ahead of the coordinator's"), (-7, "ahead of the coordinator's"), (-1, ""), (200, ""),
+    (400, "behind the coordinator's"), (3600, "behind the coordinator's"),
+])  # fmt: skip
+def test_a_clock_is_off_as_soon_as_flower_refuses_its_signatures(made, seconds, told):
+    """Before: from a minute on, either way, though Flower takes nothing of five seconds from now."""
+    with served(made, date=formatdate(time.time() + seconds, usegmt=True)) as (port, _):
         found = reach(f"localhost:{port}", (made / "ca.crt").read_text())
-    assert "clocks differ" in found.problem
+    assert told in found.problem and bool(found.problem) == bool(told)
+    assert "clock" in found.problem if told else found.status == 401
+
+
+def test_a_slow_line_is_no_wrong_clock():
+    date = formatdate(time.time() - 9, usegmt=True)
+    assert reaching._ahead(date, 9.0) == 0.0
+    assert -9.0 < reaching._ahead(date, 0.5) < -7.0
 
 
 def test_nobody_there(made):
