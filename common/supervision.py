@@ -175,6 +175,15 @@ class Kept:
                 self._spoilt.set()
 
 
+def since_boot(pid: int) -> float:
+    """Seconds from the machine's start to a process's: with its number that names it, also where the clock is set.
+
+    Raises:
+        psutil.Error: there is none.
+    """
+    return psutil.Process(pid).create_time() - psutil.boot_time()  # both move with the clock
+
+
 def _die_with_parent() -> None:
     """In the child, before it begins: when whoever keeps it is killed, nothing of it stays that holds the port."""
     if sys.platform == "linux":

@@ -8,6 +8,7 @@ has a checkpoint, a batch of images, an answer that a site has stored, is never 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import psutil
 
 from common.errors import StorageError, SynthwardError
 from common.protocol import Agreement
+from common.supervision import since_boot
 from server.checkpoints import RunFolder
 from server.federation.sites import SiteGroup
 from server.live_page import LivePage
@@ -51,8 +53,8 @@ def run(folder: RunFolder, group: SiteGroup, progress: Progress, *, hoped: int =
     session = Session(Agreement(study=folder.study(), plan=folder.plan()), folder, group, progress, hoped=hoped)
     page, report = LivePage(folder), None
     folder.listeners.append(page.take)
-    own = psutil.Process()  # who follows the run sees by these whether it lives
-    folder.event("begin", study=session.agreement.study.sha256, pid=own.pid, since=own.create_time())
+    own = os.getpid()  # who follows the run sees by these whether it lives
+    folder.event("begin", study=session.agreement.study.sha256, pid=own, since_boot=since_boot(own))
     began = time.monotonic()
     try:
         report = _stages(session, began)

@@ -22,6 +22,7 @@ from common import errors
 from common.errors import CheckpointError, FederationError, StudyError, SynthwardError
 from common.files import atomic_write
 from common.study import Study
+from common.supervision import since_boot
 from common.text import printable
 from server.checkpoints import RunFolder
 from server.deployment.flower import ask, ask_or_hear, last_words
@@ -242,7 +243,7 @@ def _process(event: dict[str, Any]) -> psutil.Process | None:
     """The process that wrote an event, unless it is gone: its number may be another one's by now."""
     try:
         process = psutil.Process(int(event["pid"]))
-        return process if abs(process.create_time() - float(event["since"])) < 1.0 else None
+        return process if abs(since_boot(process.pid) - float(event["since_boot"])) < 1.0 else None
     except (KeyError, TypeError, ValueError, psutil.Error):
         return None
 

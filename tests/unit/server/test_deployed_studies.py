@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from common.errors import CheckpointError, FederationError, StudyError
+from common.supervision import since_boot
 from server.checkpoints import RunFolder
 from server.deployment import status, studies
 from server.deployment.folder import Addresses, Deployment
@@ -38,7 +39,7 @@ def living():
 
 
 def _begin(folder: RunFolder, process: psutil.Process) -> None:
-    folder.event("begin", study="x", pid=process.pid, since=process.create_time())
+    folder.event("begin", study="x", pid=process.pid, since_boot=since_boot(process.pid))
 
 
 def test_a_run_lives_while_the_process_of_its_newest_begin_does(folder, living):
@@ -50,8 +51,18 @@ def test_a_run_lives_while_the_process_of_its_newest_begin_does(folder, living):
     assert not studies.alive(folder) and status.run_status(folder).state == "stopped"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figure is exchanged")
+@pytest.mark.parametrize("seconds", [-3600.0, 2.0, 3600.0])
+def test_a_run_lives_though_the_clock_was_set_since_it_began(folder, living, monkeypatch, seconds):
+    """Before: `status` called it stopped, `stop` would not end it, and `run --resume` submitted it a second time."""
+    _begin(folder, living)
+    booted = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + seconds)
+    assert studies.alive(folder)
+
+
 def test_another_process_that_has_the_number_now_is_not_taken_for_it(folder, living):
-    folder.event("begin", study="x", pid=living.pid, since=living.create_time() - 100)
+    folder.event("begin", study="x", pid=living.pid, since_boot=since_boot(living.pid) - 100)
     assert not studies.alive(folder)
     folder.event("begin", pid="no number")
     assert not studies.alive(folder)
