@@ -116,12 +116,13 @@ class Loopback:
     def coordinator(self) -> Path:
         return self.folder / "coordinator"
 
-    def start(self, module: str, *arguments: object, name: str) -> Running:
+    def start(self, module: str, *arguments: object, name: str, **also: str) -> Running:
+        """Start a command; `also` are variables of its environment."""
         log = self.folder / f"{name}.log"
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)], stdout=out, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env=environment(), cwd="/", start_new_session=True,
+                stdin=subprocess.DEVNULL, env={**environment(), **also}, cwd="/", start_new_session=True,
             )  # fmt: skip
         self.started.append(Running(process, log))
         return self.started[-1]
@@ -132,8 +133,8 @@ class Loopback:
                              "127.0.0.1", "--port", free_port(), "--superlink-port", free_port()))  # fmt: skip
         return fingerprint(out)
 
-    def services(self) -> Running:
-        self.up = self.start("server.cli", "deploy", "up", self.coordinator, name="up")
+    def services(self, **also: str) -> Running:
+        self.up = self.start("server.cli", "deploy", "up", self.coordinator, name="up", **also)
         self.up.wait_for("ready:")
         return self.up
 
@@ -149,15 +150,9 @@ class Loopback:
         Args:
             through: another port of this machine by which its carrier goes.
         """
-        name, party = site.stem, Party(site, self.folder / f"{site.stem}-carrier")
         worked(command("synthward-site", "init", site))
         worked(command("synthward-site", "approve", site, "--study", self.study, "--by", "Dr. A. Example"))
-        out = worked(command(
-            "synthward-site", "join", party.carrier, "--invitation", self.coordinator / "invitation.json",
-            "--fingerprint", said, "--name", name, "--socket", self.folder / "sockets" / f"{name}.sock",
-        ))  # fmt: skip
-        worked(command("synthward", "deploy", "admit", self.coordinator, party.carrier / f"{name}.pub", "--fingerprint",
-                       fingerprint(out)))  # fmt: skip
+        party = self.join(site, said)
         if through:
             file = party.carrier / "carrier.toml"
             file.write_text(file.read_text().replace(f"localhost:{self.port}", f"localhost:{through}"))
@@ -166,14 +161,25 @@ class Loopback:
         self.hospitals.append(party)
         return party
 
+    def join(self, site: Path, said: str) -> Party:
+        """A hospital whose carrier is admitted; nothing of it runs."""
+        name, party = site.stem, Party(site, self.folder / f"{site.stem}-carrier")
+        out = worked(command(
+            "synthward-site", "join", party.carrier, "--invitation", self.coordinator / "invitation.json",
+            "--fingerprint", said, "--name", name, "--socket", self.folder / "sockets" / f"{name}.sock",
+        ))  # fmt: skip
+        worked(command("synthward", "deploy", "admit", self.coordinator, party.carrier / f"{name}.pub", "--fingerprint",
+                       fingerprint(out)))  # fmt: skip
+        return party
+
     def serve(self, party: Party) -> None:
         sockets = self.folder / "sockets"
         name = f"{party.site.stem}-serve"
         party.serve = self.start("client.cli", "serve", party.site, "--sockets", sockets, name=name)
         party.serve.wait_for("ready:")
 
-    def carry(self, party: Party) -> None:
-        party.carry = self.start("client.cli", "carry", party.carrier, name=f"{party.site.stem}-carry")
+    def carry(self, party: Party, **also: str) -> None:
+        party.carry = self.start("client.cli", "carry", party.carrier, name=f"{party.site.stem}-carry", **also)
 
     def site_files(self) -> list[Path]:
         """One for each site that the study simulates, with phantoms."""
