@@ -23,7 +23,7 @@ from common.study_file import load_study
 from server.launch import write_site_files
 from support.paths import REPOSITORY
 
-SECONDS = 240.0
+SECONDS = 400.0
 
 
 def why_not() -> str:
