@@ -24,9 +24,11 @@ from common.errors import SynthwardError
 from common.text import printable
 
 EXTRAS = {"synthward": "coordinator", "synthward-site": "site"}  # of pyproject.toml: what a program's commands need
+OF_ONE_OPTION = {"pydicom": "dicom"}  # what one option alone needs has an extra of its own
 # What only the extras bring, under the names by which we import it; a test holds this to pyproject.toml.
 OF_EXTRAS = {
-    "jinja2", "matplotlib", "opacus", "PIL", "prometheus_client", "ray", "scipy", "timm", "torch", "torchvision",
+    "jinja2", "matplotlib", "opacus", "PIL", "prometheus_client", "pydicom", "ray", "scipy", "timm", "torch",
+    "torchvision",
 }  # fmt: skip
 _GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}  # of a pipe without a reader, and of a terminal that was closed
 
@@ -131,7 +133,7 @@ def need(*modules: str) -> None:
 
 
 def _missing(module: str, program: str) -> str:
-    extra = EXTRAS[program]
+    extra = OF_ONE_OPTION.get(module, EXTRAS[program])
     return (
         f"this command needs {module}, which is not installed here: it comes with the extra '{extra}'."
         f" Install it: pip install 'synthward[{extra}]'"

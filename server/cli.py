@@ -1,4 +1,4 @@
-"""The command of the coordinator: `synthward run`, `synthward verify`, `synthward deploy`.
+"""The command of the coordinator: `synthward run`, `verify`, `release`, `deploy`.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -74,22 +74,42 @@ def run(
 
 
 @app.command()
-def verify(run_dir: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN")]) -> None:
-    """Check a release's files against its checksums.
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a release, or the run folder of one", metavar="FOLDER")],
+) -> None:
+    """Check a release: its files, its claim's arithmetic, images and weights; and say what it promises. Asks nobody.
 
     Example: synthward verify runs/demo-20260102-030405
     """
-    from common.errors import CheckpointError
-    from server.release.checksums import verify_checksums
+    from server.release.verification import in_words, release_folder, verified
 
-    problems = verify_checksums(run_dir / "release" if (run_dir / "plan.json").exists() else run_dir)
-    if problems:
-        raise CheckpointError(
-            "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""),
-            where=str(run_dir),
-            remedy="Do not use this release; ask for it anew.",
-        )
-    print(f"{run_dir}: every released file is as it was written")
+    release = release_folder(folder)
+    print(in_words(release, verified(release)))
+
+
+@app.command()
+def release(
+    run_dir: Annotated[Path, typer.Argument(help="the run folder", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="where to; default: RUN-release", metavar="FOLDER")] = None,
+    dicom: Annotated[bool, typer.Option("--dicom", help="the set as DICOM files, too")] = False,
+    uid_root: Annotated[str, typer.Option(help="root of their UIDs; default: as the study says")] = "",
+) -> None:
+    """Give a finished run's release away: checked once more, copied whole, refused where a limit is not met.
+
+    What `synthward verify` checks is checked; then the claim is held against what the sites' ledgers reported to the
+    run, and the set against the least that the study asks of it (release.min_auc, release.smallest_class).
+
+    Examples:
+
+      synthward release runs/demo-20260102-030405 --out chest-phantoms
+
+      synthward release runs/demo-20260102-030405 --dicom --uid-root 1.2.826.0.1.3680043.10.1
+    """
+    from server.release.export import give_away
+
+    if uid_root and not dicom:
+        raise StudyError("goes with --dicom", where="--uid-root", remedy="Give both, or neither.")
+    print(f"{give_away(run_dir, out, dicom=dicom, uid_root=uid_root)}: can be given away as it is")
 
 
 def _named(public: Path | None) -> tuple[str, ...]:

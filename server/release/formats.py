@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from common.files import atomic_write, storage_error
 from common.images import ImageSet
 
+TABLE_HEAD = "file_name,label,class\n"
 _LONGEST_FOLDER = 60  # bytes of a class's name in a path
 _SPLITS = re.compile(  # what Hugging Face's `datasets` takes for one where no letter is beside it
     r"(?<![^\W\d_])(training|train|testing|test|evaluation|eval|validation|valid|val|dev)(?![^\W\d_])", re.IGNORECASE
@@ -67,20 +68,32 @@ def write_pngs(folder: Path, images: ImageSet, classes: tuple[str, ...], *, note
     """
     info = PngInfo()
     info.add_text("Description", note)
-    names, counters, table = folder_names(classes), [0] * len(classes), io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["file_name", "label", "class"])
-    path = folder
+    path, labels = folder, images.labels.tolist()
     try:
-        for pixels, label in zip(channels_last(images.images), images.labels.tolist(), strict=True):
-            path = folder / names[label] / f"{counters[label]:05d}.png"
-            counters[label] += 1
+        for pixels, name in zip(channels_last(images.images), file_names(labels, classes), strict=True):
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, pnginfo=info)
-            rows.writerow([path.relative_to(folder).as_posix(), label, classes[label]])
     except OSError as error:
         raise storage_error(error, path) from error
-    atomic_write(folder / "metadata.csv", table.getvalue().encode())
+    rows = zip(file_names(labels, classes), labels, strict=True)
+    table = [table_line(name, label, classes) for name, label in rows]
+    atomic_write(folder / "metadata.csv", "".join([TABLE_HEAD, *table]).encode())
+
+
+def file_names(labels: Iterable[int], classes: Sequence[str]) -> Iterator[str]:
+    """Where each image's PNG lies below images/: in its class's folder, numbered in the order of the set."""
+    folders, counters = folder_names(classes), [0] * len(classes)
+    for label in labels:
+        yield f"{folders[label]}/{counters[label]:05d}.png"
+        counters[label] += 1
+
+
+def table_line(name: str, label: int, classes: Sequence[str]) -> str:
+    """An image's line of metadata.csv."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([name, label, classes[label]])
+    return line.getvalue()
 
 
 def contact_sheet(images: ImageSet, label: int, *, columns: int = 16, side: int = 64) -> bytes:

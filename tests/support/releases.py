@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def claim_of(study: Study, *, phantoms: bool = True) -> Claim:
     train, holdout = (epsilon_of(plan.losses(p), delta=privacy.delta, accountant="rdp") for p in PARTITIONS)
     return Claim.of(
         study, plan, sites=(site_claim("site-1", train, holdout), site_claim("site-2", 2.0, 1.5)),
-        phantoms=phantoms, random_source="aes", unprotected=UNPROTECTED, libraries={"opacus": "1.6.0"},
-        begun="2026-01-02", ended="2026-01-03",
+        phantoms=phantoms, random_source="aes", unprotected=UNPROTECTED,
+        libraries={"opacus": "1.6.0", "synthward": version("synthward")}, begun="2026-01-02", ended="2026-01-03",
     )  # fmt: skip
 
 
