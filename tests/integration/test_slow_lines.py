@@ -62,7 +62,7 @@ class _Rounds:
     @property
     def steps(self) -> list[dict]:
         """The finished ones: who answered, and when."""
-        if not (self._deployment.coordinator / "runs").exists():
+        if not list((self._deployment.coordinator / "runs").glob("*/plan.json")):
             return []
         return [e for e in self.folder.events() if e["event"] == "step" and e["stage"] == "train"]
 
