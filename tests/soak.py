@@ -148,8 +148,9 @@ class Soak:
             self.wrong(f"study {number} has the rounds {rounds}")
         claim = {site["site"]: site for site in json.loads((folder.path / "privacy.json").read_text())["sites"]}
         digest = (folder.path / "study.sha256").read_text().strip()
+        compare = lambda party: self._compare(number, party, digest, claim.get(party.site.stem))
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda p: self._compare(number, p, digest, claim.get(p.site.stem)), self.deployment.hospitals))
+            list(pool.map(compare, self.deployment.hospitals))
 
     def _compare(self, number: int, party: Party, digest: str, told: dict | None) -> None:
         name = party.site.stem

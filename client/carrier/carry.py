@@ -65,9 +65,14 @@ def _program(carrier: Carrier, tell: Callable[[str], None]) -> Program:
             "--host", "127.0.0.1", "--port", str(_free_port()),
         )  # fmt: skip
 
+    news = _News(config.coordinator, tell)
+
+    def why(lines: list[str]) -> str:
+        news.forget()
+        return _why(lines, carrier)
+
     return Program(
-        "the SuperNode", command, _environment(carrier), state / "carrier.log",
-        on_line=_News(config.coordinator, tell), why=lambda lines: _why(lines, carrier),
+        "the SuperNode", command, _environment(carrier), state / "carrier.log", on_line=news, why=why,
         restart_on=_BEHIND,
     )  # fmt: skip
 
@@ -117,6 +122,10 @@ class _News:
             self._say(f"refused an app bundle of {self._coordinator} that carrier.toml does not list")
         elif _LOST in line:
             self._say(f"waiting for {self._coordinator}: it does not answer")
+
+    def forget(self) -> None:
+        """What was told before the SuperNode ended is no longer so: it is told again."""
+        self._told = ""
 
     def _say(self, words: str) -> None:
         if words != self._told:

@@ -224,6 +224,17 @@ def test_news_are_told_once():
     assert told == ["online: host:1 let this carrier in", waiting, "online again: host:1", refused]
 
 
+def test_it_is_told_again_that_it_is_online_once_the_supernode_has_ended_and_come_back(tmp_path, monkeypatch):
+    """Before: the last word was that it had ended, though it was let in again; seen after a clock that jumped."""
+    monkeypatch.setattr(carry, "reach", lambda *_: _Found("the clocks differ", "Set it."))
+    told = []
+    program = carry._program(_joined(tmp_path), told.append)
+    program.on_line("SuperNode ID: 12")
+    program.why(["x"])
+    program.on_line("SuperNode ID: 12")
+    assert [line.partition(":")[0] for line in told] == ["online", "online"]
+
+
 def test_a_socket_whose_path_cannot_be_given_to_flower(tmp_path):
     carrier = _joined(tmp_path, socket=Path('/run/a"b/site.sock'))
     with pytest.raises(DataError, match="a path with a quote"):
