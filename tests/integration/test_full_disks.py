@@ -60,7 +60,7 @@ def test_a_disk_that_fills_is_named_at_its_own_end_and_the_study_goes_on_when_th
 
     _fill(hospital.site.parent / "site-2")
     words = _ended(run)
-    assert "site-2: the site cannot answer now" in words and "--resume" in words
+    assert "site-2: refused (Unavailable) the site cannot answer now" in words and "--resume" in words
     assert FULL.search(hospital.serve.said()), hospital.serve.said()[-2000:]
     assert not FULL.search(words), "what happens at a hospital is told there, not at the coordinator's"
     run, seconds = _go_on(whole, hospital.site.parent / "site-2")
