@@ -81,19 +81,6 @@ configs:
   data_files:
   - split: train
     path: images/**
-dataset_info:
-  features:
-  - name: image
-    dtype: image
-  - name: label
-    dtype:
-      class_label:
-        names:
-{% for name in study.data.classes %}
-          '{{ loop.index0 }}': {{ name|yaml }}
-{% endfor %}
-  - name: class
-    dtype: string
 ---
 
 # {{ f.title|md }}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,8 @@ def test_bad_data_gives_one_line_and_nothing_is_made_or_spent(study, tmp_path, k
         (["run"], ["no study file"]),
         (["run", "tiny.toml", "--dry-runn"], ["--dry-runn"]),
         (["verify", "nowhere"], ["no finished release"]),
+        (["release", "nowhere"], ["nowhere", "not a run folder"]),
+        (["release", "nowhere", "--uid-root", "1.2"], ["--uid-root", "--dicom"]),
     ],
 )
 def test_a_mistake_on_the_command_line_gives_one_line(study, tmp_path, arguments, words):
@@ -148,7 +151,7 @@ def test_a_dry_run_prints_the_plan_and_spends_nothing(study, tmp_path):
 
 
 def test_help_has_an_example_for_each_command_and_is_quick(tmp_path):
-    for module, commands in (("server.cli", ("run", "verify")), ("client.cli", ("check", "budget"))):
+    for module, commands in (("server.cli", ("run", "verify", "release")), ("client.cli", ("check", "budget"))):
         for command in commands:
             result = subprocess.run(
                 [PYTHON, "-m", module, command, "--help"],
@@ -173,8 +176,15 @@ def test_a_study_runs_under_flowers_engine_to_a_verified_release(study, tmp_path
     for name in ("study.toml", "study.sha256", "events.jsonl", "checkpoints/round-00002.safetensors",
                  "release/report.html", "release/images.npz"):  # fmt: skip
         assert (run / name).is_file(), name
-    assert verify_checksums(run / "release") == []
-    metrics = json.loads((run / "release" / "metrics.json").read_text())
+    given = _synthward("release", run, "--out", tmp_path / "out", cwd=tmp_path)
+    assert (given.returncode, given.stdout) == (0, f"{tmp_path / 'out'}: can be given away as it is\n"), given.stderr
+    shutil.rmtree(run / "release")  # what was given away stands alone
+    checked = _synthward("verify", tmp_path / "out", cwd=tmp_path)
+    assert checked.returncode == 0 and "the ledger of site-1, site-2, site-3" in checked.stdout, checked.stderr
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and bytes(tmp_path) in path.read_bytes()
+    ]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert set(metrics["epsilon"]["sites"]) == {"site-1", "site-2", "site-3"}
     assert 0 < metrics["epsilon"]["max"] <= 8
     assert (run / "sites" / "site-1" / "ledger.sqlite").is_file()

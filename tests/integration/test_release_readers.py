@@ -7,6 +7,7 @@ The readers are installed with the project's other tools (`dev`); what they do w
 from __future__ import annotations
 
 import importlib
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from common.images import ImageSet
 from common.model.timm_backbones import create_backbone
 from server.release.formats import folder_names, write_npz, write_pngs
+from support.releases import a_release
+from support.studies import tiny_study
 
 NAMES = {
     2: ("test negative", "test positive"),
@@ -65,6 +68,27 @@ def test_hugging_face(release, tmp_path, monkeypatch):
     assert list(found) == ["train"] and len(found["train"]) == len(labels)
     rows = [(np.asarray(row["image"]).flat[0], row["label"], row["class"]) for row in found["train"]]
     assert all(pixel == label and names[label] == name for pixel, label, name in rows)
+
+
+def test_hugging_face_reads_the_card_of_a_whole_release(tmp_path, monkeypatch):
+    """`load_dataset(FOLDER)`, as of a repository on the hub: one part, each image with its label and class."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    load_dataset = importlib.import_module("datasets").load_dataset
+    names = ["test: negative", "健康", "- 'quoted' \"train\""]
+    folder = a_release(tmp_path / "release", tiny_study(data={"classes": names}))
+    found = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert list(found) == ["train"] and set(found["train"].features) == {"image", "label", "class"}
+    with np.load(folder / "images.npz") as archive:
+        images, labels = archive["train_images"], archive["train_labels"][:, 0]
+    assert [(row["label"], row["class"]) for row in found["train"]] == [(n, names[n]) for n in labels.tolist()]
+    assert all(np.array_equal(row["image"], image) for row, image in zip(found["train"], images, strict=True))
+
+
+def test_sha256sum_checks_a_release_without_this_program(tmp_path):
+    folder = a_release(tmp_path / "release")
+    ended = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=False)
+    assert ended.returncode == 0
 
 
 def test_pandas(release):

@@ -65,6 +65,13 @@ def test_a_run_on_a_sites_install_ends_before_it_has_made_a_folder(tmp_path):
     assert ended.stderr.endswith("pip install 'synthward[coordinator]'\n")
 
 
+def test_dicom_has_an_extra_of_its_own_and_its_absence_is_told_before_anything_is_made(tmp_path):
+    code = "sys.argv = ['x', 'release', '.', '--dicom']\nfrom server.cli import main\nmain()"
+    ended = _without_extras(code, cwd=tmp_path, missing={"pydicom"})
+    assert (ended.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert ended.stderr.endswith("pip install 'synthward[dicom]'\n")
+
+
 def test_a_missing_module_of_no_extra_is_a_defect_and_keeps_its_trace():
     code = """
 import typer
