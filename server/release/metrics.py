@@ -51,6 +51,7 @@ class Metrics(Settings):
         validation: the classifier that was trained on the synthetic images first.
         by_site: the same figures at each site.
         loss: noisy mean of each round.
+        writer: what `server/release/documents.py: writer` was; only the same one writes the same words.
     """
 
     study: str
@@ -66,6 +67,7 @@ class Metrics(Settings):
     validation: tuple[Row, ...] = Field(min_length=1)
     by_site: dict[str, dict[str, Any]]
     loss: tuple[float | None, ...]
+    writer: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 
     @property
     def headline(self) -> Row:

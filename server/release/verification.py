@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from common.study_file import parse_study, study_toml
 from common.text import printable
 from server.release.arithmetic import claim_problems
 from server.release.checksums import SIGNATURES, listed_files, verify_checksums
-from server.release.documents import DESCRIBED, documents
+from server.release.documents import DESCRIBED, documents, writer
 from server.release.facts import Facts
 from server.release.metrics import Metrics
 from server.release.reading import listing, read, read_json, sha256
@@ -123,8 +122,8 @@ def _weights_problems(folder: Path, study: Study) -> list[str]:
 
 
 def _document_problems(folder: Path, facts: Facts) -> list[str]:
-    """Whether cards and claim say what the figures give. Only of one's own version: others have other words."""
-    if not same_version(facts.claim):
+    """Whether cards and claim say what the figures give; only of what this very code wrote."""
+    if facts.metrics.writer != writer():
         return []
     sums = listed_files(folder)
     expected = documents(facts, {name: sums[name] for name in DESCRIBED})
@@ -140,7 +139,7 @@ def _document_problems(folder: Path, facts: Facts) -> list[str]:
 def _dicom_problems(folder: Path, facts: Facts) -> list[str]:
     """Whether dicom/ is the set under the root that it names, byte for byte; not looked at where pydicom is missing."""
     found = {name for name in listed_files(folder) if name.startswith("dicom/")}
-    if not found or not _can_read_dicom():
+    if not found or not _can_read_dicom() or facts.metrics.writer != writer():  # other code may write other bytes
         return []
     from server.release.dicom import dicom_files  # late: pydicom is an extra
 
@@ -162,14 +161,6 @@ def _can_read_dicom() -> bool:
     return find_spec("pydicom") is not None
 
 
-def same_version(claim: Claim) -> bool:
-    """Whether this is the version that wrote the release."""
-    try:
-        return claim.libraries.get("synthward") == version("synthward")
-    except PackageNotFoundError:
-        return False
-
-
 def in_words(folder: Path, facts: Facts) -> str:
     """What was found good, what is promised by it, and by whom."""
     claim, names = facts.claim, listing(folder).sizes
@@ -181,7 +172,8 @@ def in_words(folder: Path, facts: Facts) -> str:
         f"{folder}: every released file is as it was written ({len(names)} files)",
         f"{facts.metrics.images} images of {len(facts.study.data.classes)} classes, the same as npz, PNG and table; "
         "weights that load; figures that follow from the claim's own parameters"
-        + ("" if same_version(claim) else "; written by another version, so the words of its cards were not compared")
+        + ("" if facts.metrics.writer == writer() else "; written by other code than this, so the words of its cards, "
+           "and DICOM files, were not compared")
         + ("; dicom/ was not looked into, since pydicom is not here" if unread else ""),
         "", claim.statement, "",
         f"Who promises it: {' and '.join(filter(None, (_by(ledgers, 'the ledger of'), _by(plans, 'the plan of'))))}, "

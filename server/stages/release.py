@@ -19,6 +19,7 @@ from common.mechanisms import PARTITIONS
 from common.metrics import Estimate, Figures, chance
 from server.checkpoints import Checkpoint, RunFolder
 from server.release.bundle import write_release
+from server.release.documents import writer
 from server.release.metrics import SYNTHETIC, Metrics
 from server.release.report import ReportInputs, SiteRow, ValidationRow
 from server.session import Session
@@ -72,7 +73,7 @@ def release(
              "per_class": None if row.figures is None else row.figures.to_json()} for row in rows
         ],
         "by_site": {s: {n: f.to_json() for n, f in figures.items()} for s, figures in by_site.items()},
-        "loss": [row.loss for row in state.rows],
+        "loss": [row.loss for row in state.rows], "writer": writer(),
     })  # fmt: skip
     events = folder.events()
     at = datetime.fromisoformat(next(e["at"] for e in events if e["event"] == "stage" and e["stage"] == "release"))

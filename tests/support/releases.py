@@ -21,6 +21,7 @@ from common.model.diffusion_model import initial_weights
 from common.study import Study
 from server.checkpoints import Checkpoint, RoundRow, RunFolder
 from server.release.bundle import write_release
+from server.release.documents import writer
 from server.release.metrics import Metrics
 from server.release.report import ReportInputs
 from server.stages.release import UNPROTECTED
@@ -60,7 +61,7 @@ def metrics_of(study: Study, claim: Claim, inputs: ReportInputs, **changes: Any)
                     "sum": claim.epsilon_sum, "sites": {s.site: s.epsilon for s in claim.sites}},
         "validation": [{"name": r.name, "auc_macro": r.auc_macro.to_json(), "f1_macro": r.f1_macro.to_json(),
                         "per_class": None if r.figures is None else r.figures.to_json()} for r in inputs.validation],
-        "by_site": {}, "loss": [1.0, None], **changes,
+        "by_site": {}, "loss": [1.0, None], "writer": writer(), **changes,
     })  # fmt: skip
 
 
