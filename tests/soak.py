@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -172,10 +173,10 @@ class Soak:
     def judge(self) -> None:
         """Memory, and processes that nothing owns; then the end of all."""
         left = self.watch.left_over()
-        print(HEAD)
+        print(HEAD, flush=True)
         for life in self.watch.lives:
             if life.seconds >= 60 * self.minutes / 4:
-                print(life.row)
+                print(life.row, flush=True)
                 if life.growth > GROWTH_MB:
                     self.wrong(f"{life.name} ({life.number}) grew by {life.growth:.1f} MB, {GROWTH_MB:.0f} allowed")
         self.watch.end()
@@ -215,7 +216,7 @@ def main() -> int:
         try:
             while soak.left > 0:
                 soak.study()
-        except AssertionError as error:  # what was seen of memory until then is shown all the same
+        except (AssertionError, TimeoutExpired) as error:  # what was seen of memory until then is shown all the same
             soak.wrong(str(error))
         soak.judge()
     finally:
