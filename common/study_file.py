@@ -77,3 +77,8 @@ def study_toml(study: Study) -> str:
     """The settings as TOML, every default written out; reads back as the same study."""
     settings = study.model_dump(mode="json", exclude_none=True)
     return f"# Settings as run; SHA-256 {study.sha256}\n" + tomli_w.dumps(settings)
+
+
+def agreed_toml(study: Study) -> str:
+    """The same of what all parties agreed on: no path of a machine, and nothing of a simulation."""
+    return study_toml(parse_study(study.agreed(), where="study"))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from common.errors import StorageError
 from common.files import atomic_write
@@ -102,10 +103,15 @@ class LivePage:
 
 def render(run: RunStatus, *, name: str, report: str = "") -> str:
     """The page as HTML, with no script and no request to anywhere."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_TEMPLATE).render(
+    return _template().render(
         run=run, name=name, report=report, stages=_STAGES, curve=_points(run.losses), wide=_WIDE, high=_HIGH
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE)
 
 
 def _points(losses: list[float]) -> str:

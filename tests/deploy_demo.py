@@ -9,7 +9,6 @@ hospital's carrier and its own process; the study ends all the same, and the hos
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from support.deployment import Loopback, Running, command, wait, why_not, worked
+from server.checkpoints import RunFolder
+from support.deployment import Loopback, Running, claimed, command, spent, wait, why_not, worked
 from support.paths import REPOSITORY
 
 SECONDS = 900.0
@@ -77,18 +77,17 @@ def _verified(deployment: Loopback) -> bool:
     """Whether the release is whole, and every hospital's ledger holds exactly what the claim says of it."""
     released = deployment.run_folder()
     print(worked(command("synthward", "verify", released)), end="")
-    claimed = {site["site"]: site for site in json.loads((released / "release" / "claim.json").read_text())["sites"]}
+    claim = claimed(RunFolder(released))
     good = True
     for party in deployment.hospitals:
         name = party.site.stem
         worked(command("synthward-site", "verify-ledger", party.site))
-        (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
-        (spent,) = (study["epsilon"] for study in account["studies"])
+        held = spent(party)
         for part in ("train", "holdout"):
-            told = claimed[name][f"epsilon_{part}"]
-            same = abs(spent[part] - told) < 1e-9
+            told = claim[name][f"epsilon_{part}"]
+            same = abs(held[part] - told) < 1e-9
             good &= same
-            print(f"{name} {part:<8} epsilon {spent[part]:.6f} in its ledger, {told:.6f} in the claim"
+            print(f"{name} {part:<8} epsilon {held[part]:.6f} in its ledger, {told:.6f} in the claim"
                   + ("" if same else "  DIFFERS"))  # fmt: skip
     print(f"{time.monotonic() - _BEGAN:.0f} s; everything is in {deployment.folder}")
     return good

@@ -10,7 +10,6 @@ growth can be seen at all, the last hospital and its carrier are never killed, a
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -29,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import psutil
 
 from server.checkpoints import RunFolder
-from support.deployment import Loopback, Party, Running, command, why_not, worked
+from support.deployment import Loopback, Party, Running, claimed, command, rounds_of, server_app, spent, why_not, worked
 from support.memory import HEAD, MemoryWatch
 from support.studies import tiny_toml
 
@@ -106,13 +105,13 @@ class Soak:
             if len(events) > news:
                 news, last = len(events), time.monotonic()
             assert time.monotonic() - last < STILL, f"study {number} hangs:\n{run.said()[-3000:]}"
-            self.watch.rounds = before + _rounds(events)
+            self.watch.rounds = before + rounds_of(folder)
             if time.monotonic() > self.next_fault and self.left > 0:
                 self._fault(folder)
                 self.next_fault = time.monotonic() + self.random.uniform(*BETWEEN)
         folder = self._folder(number)
         assert folder is not None, run.said()[-3000:]
-        self.watch.rounds = before + _rounds(folder.events())
+        self.watch.rounds = before + rounds_of(folder)
         return folder
 
     def _fault(self, folder: RunFolder) -> None:
@@ -122,13 +121,13 @@ class Soak:
         possible: dict[str, Callable[[], None]] = {
             f"{party.site.stem}'s own process": lambda: self._again(party, "serve", away),
             f"{party.site.stem}'s carrier": lambda: self._again(party, "carry", away),
-            "the server app": lambda: _server_app(folder).kill(),
+            "the server app": lambda: server_app(folder).kill(),
         }
         if self.left > 60 * self.minutes * 2 / 3:
             possible["the SuperLink"] = lambda: os.kill(deployment.superlink(), signal.SIGKILL)
         name = self.random.choice(list(possible))
         back = f", back after {away:.0f} s" if party.site.stem in name else ""
-        tell(f"  killed {name} after {_rounds(folder.events())} rounds{back}")
+        tell(f"  killed {name} after {rounds_of(folder)} rounds{back}")
         with suppress(psutil.NoSuchProcess, AssertionError):  # just ended, or is being started again
             possible[name]()
             self.faults[name.rpartition("'s ")[2]] += 1
@@ -147,7 +146,7 @@ class Soak:
         rounds = [] if last is None else [row.round for row in last.rows]
         if rounds != list(range(1, ROUNDS + 1)):
             self.wrong(f"study {number} has the rounds {rounds}")
-        claim = {site["site"]: site for site in json.loads((folder.path / "privacy.json").read_text())["sites"]}
+        claim = claimed(folder)
         digest = (folder.path / "study.sha256").read_text().strip()
         compare = lambda party: self._compare(number, party, digest, claim.get(party.site.stem))
         with ThreadPoolExecutor(2) as pool:
@@ -157,14 +156,13 @@ class Soak:
         name = party.site.stem
         if "unbroken" not in worked(command("synthward-site", "verify-ledger", party.site)):
             self.wrong(f"the ledger of {name} is broken")
-        (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
-        (spent,) = (study["epsilon"] for study in account["studies"] if study["sha256"] == digest)
+        held = spent(party, digest)
         if told is None:  # it was not there when the study began, and gave nothing
-            if any(spent.values()):
-                self.wrong(f"study {number}: the claim does not name {name}, whose ledger holds {spent}")
+            if any(held.values()):
+                self.wrong(f"study {number}: the claim does not name {name}, whose ledger holds {held}")
             return
         for part in ("train", "holdout"):
-            claimed, counted, basis = told[f"epsilon_{part}"], spent[part], told["basis"]
+            claimed, counted, basis = told[f"epsilon_{part}"], held[part], told["basis"]
             # Who was asked last and could not answer is claimed with its whole plan: an upper bound, and told as one.
             good = abs(claimed - counted) < 1e-9 if basis == "ledger" else claimed > counted - 1e-9
             if not good:
@@ -225,17 +223,6 @@ def main() -> int:
           f"in {(time.monotonic() - _BEGAN) / 60:.0f} min (seed {seed}); amiss: {len(soak.amiss)}")  # fmt: skip
     print(*soak.amiss, sep="\n")
     return 1 if soak.amiss else 0
-
-
-def _rounds(events: list[dict]) -> int:
-    return max((e["done"] for e in events if e["event"] == "step" and e["stage"] == "train"), default=0)
-
-
-def _server_app(folder: RunFolder) -> psutil.Process:
-    began = next((e for e in reversed(folder.events()) if e["event"] == "begin"), None)
-    if began is None:
-        raise psutil.NoSuchProcess(0)
-    return psutil.Process(began["pid"])
 
 
 def tell(text: str) -> None:

@@ -87,7 +87,10 @@ def carriers(deployment: Deployment) -> list[Carrier]:
 
 def _number(deployment: Deployment, name: str) -> str:
     """A carrier's node, as it was kept; empty where it was not, or is damaged."""
-    file = _file(deployment, name, "node")
+    return _node(_file(deployment, name, "node"))
+
+
+def _node(file: Path) -> str:
     text = file.read_bytes().decode(errors="replace").strip() if file.exists() else ""
     return text if text.isdecimal() else ""
 
@@ -148,8 +151,7 @@ def register(deployment: Deployment, name: str) -> str:
 
 def admitted_nodes(sites: Path) -> set[int]:
     """Flower's numbers of the carriers in a deployment's folder `sites`."""
-    texts = (file.read_bytes().decode(errors="replace").strip() for file in sites.glob("*.node"))
-    return {int(text) for text in texts if text.isdecimal()}
+    return {int(node) for file in sites.glob("*.node") if (node := _node(file))}
 
 
 def _file(deployment: Deployment, name: str, ending: str) -> Path:

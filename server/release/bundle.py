@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.files import atomic_write, pack_arrays, sha256_file, write_json
 from common.protocol import Arrays
-from common.study_file import parse_study, study_toml
+from common.study_file import agreed_toml
 from server.release.checksums import write_checksums
 from server.release.documents import DESCRIBED, documents
 from server.release.facts import Facts
@@ -26,9 +26,9 @@ def write_release(target: Path, inputs: ReportInputs, metrics: Metrics, weights:
         target: the folder, which appears whole or not at all.
         weights: what the images were drawn from.
     """
-    study = parse_study(inputs.study.agreed(), where="study")  # no path of this machine, and nothing of a simulation
+    study = inputs.study
     with whole(target) as folder:
-        atomic_write(folder / "study.toml", study_toml(study).encode())
+        atomic_write(folder / "study.toml", agreed_toml(study).encode())
         write_json(folder / "claim.json", inputs.claim.to_json())
         write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
         write_npz(folder / "images.npz", inputs.synthetic)

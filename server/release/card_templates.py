@@ -21,6 +21,16 @@ _FIRST = """\
 {% endif %}
 """
 
+_LICENCE_HEAD = """\
+license: {{ f.hugging_face_licence }}
+{% if f.hugging_face_licence == "other" %}
+license_name: {{ study.release.licence|lower|yaml }}
+{% if f.licence_address %}
+license_link: {{ f.licence_address|yaml }}
+{% endif %}
+{% endif %}
+"""
+
 _LICENCE = """\
 {% if study.release.licence %}
 {{ study.release.licence }}{% if f.licence_address %}, <{{ f.licence_address }}>{% endif %}, chosen by the study for the images and the weights.
@@ -56,13 +66,9 @@ DATASET = (
     """\
 ---
 pretty_name: {{ f.title|yaml }}
-license: {{ f.hugging_face_licence }}
-{% if f.hugging_face_licence == "other" %}
-license_name: {{ study.release.licence|lower|yaml }}
-{% if f.licence_address %}
-license_link: {{ f.licence_address|yaml }}
-{% endif %}
-{% endif %}
+"""
+    + _LICENCE_HEAD
+    + """\
 task_categories:
 - image-classification
 tags:
@@ -202,13 +208,9 @@ The questions are those of Gebru et al. (2021), "Datasheets for Datasets"; what 
 MODEL = (
     """\
 ---
-license: {{ f.hugging_face_licence }}
-{% if f.hugging_face_licence == "other" %}
-license_name: {{ study.release.licence|lower|yaml }}
-{% if f.licence_address %}
-license_link: {{ f.licence_address|yaml }}
-{% endif %}
-{% endif %}
+"""
+    + _LICENCE_HEAD
+    + """\
 library_name: synthward
 pipeline_tag: unconditional-image-generation
 tags:

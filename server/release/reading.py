@@ -20,7 +20,7 @@ from common.errors import CheckpointError
 MOST_FILES = 2_100_000  # a million images, as PNG and DICOM
 _DEEPEST = 8
 _PIECE = 1 << 20
-_ASK = "Do not use this release; ask for it anew."
+ASK_ANEW = "Do not use this release; ask for it anew."
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -62,7 +62,7 @@ def listing(folder: Path) -> Listing:
                 else:
                     todo.append((place / entry.name, f"{name}/", depth + 1))
                 if len(found.sizes) + len(found.odd) + len(todo) > MOST_FILES:
-                    raise CheckpointError("more files than any release has", where=str(folder), remedy=_ASK)
+                    raise CheckpointError("more files than any release has", where=str(folder), remedy=ASK_ANEW)
     return found
 
 
@@ -91,9 +91,9 @@ def read(path: Path, *, most: int) -> bytes:
         with plain(path) as file:
             data = file.read(most + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path), remedy=_ASK) from error
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path), remedy=ASK_ANEW) from error
     if len(data) > most:
-        raise CheckpointError(f"larger than the {most:,} bytes that it may have", where=str(path), remedy=_ASK)
+        raise CheckpointError(f"larger than the {most:,} bytes that it may have", where=str(path), remedy=ASK_ANEW)
     return data
 
 
@@ -107,7 +107,7 @@ def read_json(path: Path, *, most: int) -> Any:
     try:
         return json.loads(data.decode())
     except (ValueError, RecursionError) as error:  # RecursionError: of endless brackets
-        raise CheckpointError("not JSON", where=str(path), remedy=_ASK) from error
+        raise CheckpointError("not JSON", where=str(path), remedy=ASK_ANEW) from error
 
 
 def sha256(path: Path) -> str:

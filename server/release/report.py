@@ -16,7 +16,7 @@ from common.claims import Claim, two_digits_up
 from common.images import ImageSet
 from common.metrics import Estimate, Figures
 from common.study import Study
-from common.study_file import parse_study, study_toml
+from common.study_file import agreed_toml
 from server.checkpoints import RoundRow
 from server.release.charts import curve
 from server.release.formats import contact_sheet
@@ -84,7 +84,7 @@ def render_report(inputs: ReportInputs) -> str:
         claim=inputs.claim,
         charts=charts,
         sheets=sheets,
-        settings=study_toml(parse_study(inputs.study.agreed(), where="study")),
+        settings=agreed_toml(inputs.study),
     )
 
 

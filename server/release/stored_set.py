@@ -25,13 +25,12 @@ from common.errors import CheckpointError
 from common.files import SPOILT
 from common.study import Study
 from server.release.formats import TABLE_HEAD, file_names, table_line
-from server.release.reading import plain
+from server.release.reading import ASK_ANEW, plain
 
 _END, _END_BYTES, _END64 = b"PK\x05\x06", 22, b"PK\x06\x06"
 _LARGEST_DIRECTORY = 4096  # bytes; six members need a tenth of it
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without a bound
 _UNREADABLE = (*SPOILT, struct.error, KeyError, TypeError, SyntaxError, RecursionError, MemoryError)
-_REMEDY = "Do not use this release; ask for it anew."
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def stored_images(path: Path, shape: Shape) -> Iterator[tuple[bytes, int]]:
                     raise ValueError("longer than its shape")
     except _UNREADABLE as error:
         raise CheckpointError(
-            f"not {shape.images} images of this study, or damaged ({error})", where=str(path), remedy=_REMEDY
+            f"not {shape.images} images of this study, or damaged ({error})", where=str(path), remedy=ASK_ANEW
         ) from error
 
 
@@ -175,7 +174,7 @@ def named_images(path: Path, shape: Shape, classes: Sequence[str]) -> Iterator[t
     names = file_names(iter(lambda: labels[0], None), classes)
     for pixels, label in stored_images(path, shape):
         if label >= len(classes):
-            raise CheckpointError(f"label {label} of {len(classes)} classes", where=str(path), remedy=_REMEDY)
+            raise CheckpointError(f"label {label} of {len(classes)} classes", where=str(path), remedy=ASK_ANEW)
         labels[0] = label
         yield pixels, label, next(names)
 

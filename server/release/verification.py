@@ -19,19 +19,18 @@ from common.files import unpack_arrays
 from common.model.diffusion_model import DiffusionModel
 from common.model.weights import fitting
 from common.study import ReleaseConfig, Study
-from common.study_file import parse_study, study_toml
+from common.study_file import agreed_toml, parse_study
 from common.text import printable
 from server.release.arithmetic import claim_problems
 from server.release.checksums import SIGNATURES, listed_files, verify_checksums
 from server.release.documents import DESCRIBED, documents, writer
 from server.release.facts import Facts
 from server.release.metrics import Metrics
-from server.release.reading import listing, read, read_json, sha256
+from server.release.reading import ASK_ANEW, listing, read, read_json, sha256
 from server.release.stored_set import Shape, named_images, set_problems
 
 UID_ROOT = "dicom/uid-root.txt"
 _KILOBYTE, _MEGABYTE = 1 << 10, 1 << 20
-_REMEDY = "Do not use this release; ask for it anew."
 _MOST_TOLD = 10
 
 
@@ -57,7 +56,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         more = len(problems) - _MOST_TOLD
         told = "; ".join(problems[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointError(told, where=str(folder), remedy=_REMEDY)
+        raise CheckpointError(told, where=str(folder), remedy=ASK_ANEW)
 
 
 def read_facts(folder: Path) -> Facts:
@@ -74,7 +73,7 @@ def _study(path: Path) -> Study:
     try:
         raw = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("not TOML", where=str(path), remedy=_REMEDY) from error
+        raise CheckpointError("not TOML", where=str(path), remedy=ASK_ANEW) from error
     return parse_study(raw, where=str(path))
 
 
@@ -83,7 +82,7 @@ def _claim(path: Path) -> Claim:
     try:
         return Claim.from_json(raw)
     except (ArithmeticError, ValueError, RecursionError) as error:  # figures that no text can be made of
-        raise CheckpointError("not a claim that this version can read", where=str(path), remedy=_REMEDY) from error
+        raise CheckpointError("not a claim that this version can read", where=str(path), remedy=ASK_ANEW) from error
     except SynthwardError as error:
         raise type(error)(error.what, where=str(path), remedy=error.remedy) from error
 
@@ -92,7 +91,7 @@ def _metrics(path: Path) -> Metrics:
     try:
         return Metrics.model_validate(read_json(path, most=64 * _MEGABYTE))
     except (ValidationError, RecursionError) as error:
-        raise CheckpointError("not the metrics of a release", where=str(path), remedy=_REMEDY) from error
+        raise CheckpointError("not the metrics of a release", where=str(path), remedy=ASK_ANEW) from error
 
 
 def content_problems(folder: Path, facts: Facts) -> list[str]:
@@ -129,7 +128,7 @@ def _document_problems(folder: Path, facts: Facts) -> list[str]:
     expected = documents(facts, {name: sums[name] for name in DESCRIBED})
     for name, value in (("claim.json", facts.claim.to_json()), ("metrics.json", facts.metrics.model_dump(mode="json"))):
         expected[name] = (json.dumps(value, indent=2) + "\n").encode()
-    expected["study.toml"] = study_toml(parse_study(facts.study.agreed(), where="study")).encode()
+    expected["study.toml"] = agreed_toml(facts.study).encode()
     return [
         f"{name} does not say what claim.json and metrics.json give" for name, text in expected.items()
         if read(folder / name, most=len(text) + _MEGABYTE) != text

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from server.checkpoints import RunFolder
-from support.deployment import Loopback, Running, command, wait, why_not, worked
+from support.deployment import Loopback, Running, rounds_of, wait, why_not
 from support.studies import tiny_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -39,11 +39,7 @@ def whole():
             mounted.append(disk)
         said = deployment.begin()
         deployment.services()
-        for site in deployment.site_files():
-            deployment.hospital(site, said)
-        for party in deployment.hospitals:
-            assert party.carry is not None
-            party.carry.wait_for("online:")
+        deployment.all_online(said)
         yield deployment
     finally:
         deployment.close()
@@ -80,10 +76,7 @@ def _folder(deployment: Loopback) -> RunFolder:
 
 
 def _rounds(deployment: Loopback) -> int:
-    with suppress(ValueError, FileNotFoundError):
-        steps = [e for e in _folder(deployment).events() if e["event"] == "step" and e["stage"] == "train"]
-        return max((e["done"] for e in steps), default=0)
-    return 0
+    return rounds_of(deployment.folder_of_run())
 
 
 def _until(deployment: Loopback, run: Running, number: int) -> None:
@@ -121,15 +114,5 @@ def _go_on(deployment: Loopback, disk: Path) -> tuple[Running, float]:
 
 def _check(deployment: Loopback) -> None:
     """The release is whole, no round is there twice or missing, and every ledger holds what the claim says."""
-    folder = _folder(deployment)
-    assert "as it was written" in worked(command("synthward", "verify", folder.path))
-    last = folder.last_checkpoint()
-    assert last is not None and [row.round for row in last.rows] == list(range(1, ROUNDS + 1))
-    claim = {site["site"]: site for site in json.loads((folder.path / "privacy.json").read_text())["sites"]}
-    for party in deployment.hospitals:
-        assert "unbroken" in worked(command("synthward-site", "verify-ledger", party.site))
-        (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
-        (spent,) = (study["epsilon"] for study in account["studies"])
-        told = claim[party.site.stem]
-        assert told["basis"] == "ledger"
-        assert spent == {"train": told["epsilon_train"], "holdout": told["epsilon_holdout"]}
+    deployment.require_whole(_folder(deployment), ROUNDS)
+    deployment.require_ledgers_equal_claim(_folder(deployment))

@@ -22,7 +22,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.carrier.folder import load_carrier
 from server.checkpoints import RunFolder
 from server.deployment import certificates
-from support.deployment import Loopback, Running, command, fingerprint, wait, why_not, worked
+from support.deployment import (
+    Loopback,
+    Running,
+    command,
+    fingerprint,
+    rounds_of,
+    server_app,
+    spent,
+    wait,
+    why_not,
+    worked,
+)
 from support.invitations import invitation
 from support.studies import tiny_toml
 
@@ -41,11 +52,7 @@ def whole():
     try:
         said = deployment.begin()
         deployment.services()
-        for site in deployment.site_files():
-            deployment.hospital(site, said)
-        for party in deployment.hospitals:
-            assert party.carry is not None
-            party.carry.wait_for("online:")
+        deployment.all_online(said)
         yield deployment, said
     finally:
         deployment.close()
@@ -55,7 +62,7 @@ def whole():
 def _post(deployment: Loopback, path: str, body: bytes = b"") -> int:
     """Status of a request by somebody who has nothing but the authority's certificate, as every hospital has."""
     context = ssl.create_default_context(cafile=str(deployment.coordinator / "authority.crt"))
-    connection = HTTPSConnection("localhost", _port(deployment), context=context, timeout=20)
+    connection = HTTPSConnection("localhost", deployment.port, context=context, timeout=20)
     try:
         connection.putrequest("POST", path, skip_accept_encoding=True)
         connection.putheader("Content-Type", "application/protobuf")
@@ -64,10 +71,6 @@ def _post(deployment: Loopback, path: str, body: bytes = b"") -> int:
         return connection.getresponse().status
     finally:
         connection.close()
-
-
-def _port(deployment: Loopback) -> int:
-    return int(json.loads((deployment.coordinator / "invitation.json").read_text())["coordinator"].rpartition(":")[2])
 
 
 @pytest.mark.parametrize("path", [
@@ -159,13 +162,7 @@ def test_a_bundle_that_a_hospital_does_not_list_is_said_to_both_before_anything_
                          deployment.coordinator / "invitation.json"))  # fmt: skip
     assert "its key is the one from before" in out  # the coordinator's signature was enough
     assert load_carrier(party.carrier).config.bundles == (digest,)
-    assert all(_spent(p) == {} for p in deployment.hospitals)
-
-
-def _spent(party) -> dict[str, float]:
-    (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
-    studies = [study["epsilon"] for study in account["studies"] if any(study["epsilon"].values())]
-    return studies[0] if studies else {}
+    assert all(spent(p) == {} for p in deployment.hospitals)
 
 
 class _Study:
@@ -183,9 +180,7 @@ class _Study:
         return RunFolder(self.deployment.run_folder())
 
     def rounds(self) -> int:
-        return max(
-            (e["done"] for e in self.folder.events() if e["event"] == "step" and e["stage"] == "train"), default=0
-        )
+        return rounds_of(self.folder)
 
     def after_round(self, number: int, name: str, fault) -> None:
         """Do it once a round is done, and take the time until the next one is."""
@@ -199,10 +194,6 @@ class _Study:
         wait(lambda: self.rounds() >= number or self.run.process.poll() is not None, f"round {number}", self.run.said,
              seconds=400)  # fmt: skip
         assert self.rounds() >= number, self.run.said()[-4000:]
-
-    def server_app(self) -> psutil.Process:
-        began = next(e for e in reversed(self.folder.events()) if e["event"] == "begin")
-        return psutil.Process(began["pid"])
 
 
 def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_for_twice(whole):
@@ -239,7 +230,7 @@ def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_f
         study.run = study._resumed()
 
     study.after_round(1, "SuperLink killed", lambda: os.kill(deployment.superlink(), signal.SIGKILL))
-    study.after_round(2, "server app killed", lambda: study.server_app().kill())
+    study.after_round(2, "server app killed", lambda: server_app(study.folder).kill())
     study.after_round(3, "a site's own process killed and started", restart_site)
     study.after_round(4, "a carrier killed and started", restart_carrier)
     study.after_round(5, "nothing gets through for 20 s", cut)
@@ -248,15 +239,8 @@ def test_a_study_comes_to_its_end_whatever_dies_on_the_way_and_nothing_is_paid_f
     assert study.run.process.wait(400) == 0, study.run.said()[-4000:]
     print(json.dumps(study.times, indent=1))
 
-    assert "as it was written" in worked(command("synthward", "verify", study.folder.path))
-    rows = study.folder.last_checkpoint().rows
-    assert [row.round for row in rows] == list(range(1, ROUNDS + 1))
-    claim = {site["site"]: site for site in json.loads((study.folder.release / "claim.json").read_text())["sites"]}
-    for party in deployment.hospitals:
-        assert "unbroken" in worked(command("synthward-site", "verify-ledger", party.site))
-        spent, told = _spent(party), claim[party.site.stem]
-        assert told["basis"] == "ledger"
-        assert spent == {"train": told["epsilon_train"], "holdout": told["epsilon_holdout"]}
+    deployment.require_whole(study.folder, ROUNDS)
+    deployment.require_ledgers_equal_claim(study.folder)
     status = deployment.status()
     assert status["run"]["state"] == "finished" and {c["state"] for c in status["carriers"]} == {"online"}
     again = command("synthward", "deploy", "run", deployment.coordinator, "--resume", study.folder.path)

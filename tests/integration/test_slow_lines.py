@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from server.checkpoints import RunFolder
-from support.deployment import Loopback, Running, command, wait, why_not, worked
+from support.deployment import Loopback, Running, claimed, spent, wait, why_not
 from support.line import Line
 from support.studies import tiny_toml
 
@@ -36,11 +36,7 @@ def whole():
         said = deployment.begin()
         deployment.services()
         lines += [Line(deployment.port, **SLOW), Line(deployment.port)]
-        for site, through in zip(deployment.site_files(), (0, lines[0].port, lines[1].port), strict=True):
-            deployment.hospital(site, said, through=through)
-        for party in deployment.hospitals:
-            assert party.carry is not None
-            party.carry.wait_for("online:")
+        deployment.all_online(said, {"site-2": lines[0].port, "site-3": lines[1].port})
         yield deployment, lines
     finally:
         deployment.close()
@@ -110,25 +106,22 @@ def _between(one: dict, other: dict) -> float:
 
 def _check(deployment: Loopback, rounds: _Rounds) -> None:
     """Whole, no round missing or late, all others always there, and no ledger holds more than is claimed."""
-    steps, folder = rounds.steps, rounds.folder.path
-    assert "as it was written" in worked(command("synthward", "verify", folder))
-    last = rounds.folder.last_checkpoint()
-    assert last is not None and [row.round for row in last.rows] == list(range(1, ROUNDS + 1))
+    steps = rounds.steps
+    deployment.require_whole(rounds.folder, ROUNDS)
     assert all({"site-1", "site-2"} <= set(step["accepted"]) for step in steps)
     slowest = max(_between(*pair) for pair in zip(steps, steps[1:], strict=False))
     assert slowest < TIMEOUT + 30, slowest
     warnings = [e["text"] for e in rounds.folder.events() if e["event"] == "warning" and "left out" in e["text"]]
     assert warnings and all(": site-3 left out:" in text for text in warnings), warnings
-    claim = {site["site"]: site for site in json.loads((folder / "privacy.json").read_text())["sites"]}
+    claim = claimed(rounds.folder)
     assert {name: told["basis"] for name, told in claim.items()} == {
         "site-1": "ledger", "site-2": "ledger", "site-3": "plan",
     }  # fmt: skip
     for party in deployment.hospitals:
-        (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
-        (spent,) = (study["epsilon"] for study in account["studies"])
+        held = spent(party)
         for part in ("train", "holdout"):
             told = claim[party.site.stem][f"epsilon_{part}"]
             if party.site.stem == "site-3":
-                assert spent[part] <= told
+                assert held[part] <= told
             else:
-                assert spent[part] == told
+                assert held[part] == told

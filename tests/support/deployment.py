@@ -14,12 +14,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from common.study_file import load_study
+from server.checkpoints import RunFolder
 from server.launch import write_site_files
 from support.paths import REPOSITORY
 
@@ -161,6 +164,18 @@ class Loopback:
         self.hospitals.append(party)
         return party
 
+    def all_online(self, said: str, through: Mapping[str, int] | None = None) -> None:
+        """Every hospital of the study: it serves, and its carrier is let in.
+
+        Args:
+            through: by name, as in `hospital`.
+        """
+        for site in self.site_files():
+            self.hospital(site, said, through=(through or {}).get(site.stem, 0))
+        for party in self.hospitals:
+            assert party.carry is not None
+            party.carry.wait_for("online:")
+
     def join(self, site: Path, said: str) -> Party:
         """A hospital whose carrier is admitted; nothing of it runs."""
         name, party = site.stem, Party(site, self.folder / f"{site.stem}-carrier")
@@ -192,6 +207,26 @@ class Loopback:
         (run,) = (self.coordinator / "runs").iterdir()
         return run
 
+    def folder_of_run(self) -> RunFolder | None:
+        """The run's, once there is one."""
+        found = list((self.coordinator / "runs").glob("*/plan.json"))
+        return RunFolder(found[0].parent) if found else None
+
+    def require_whole(self, folder: RunFolder, rounds: int) -> None:
+        """See that the release verifies, and that no round is there twice or missing."""
+        assert "as it was written" in worked(command("synthward", "verify", folder.path))
+        last = folder.last_checkpoint()
+        assert last is not None and [row.round for row in last.rows] == list(range(1, rounds + 1))
+
+    def require_ledgers_equal_claim(self, folder: RunFolder) -> None:
+        """See that every hospital's ledger is unbroken and holds exactly what the claim says of it."""
+        claim = claimed(folder)
+        for party in self.hospitals:
+            assert "unbroken" in worked(command("synthward-site", "verify-ledger", party.site))
+            told = claim[party.site.stem]
+            assert told["basis"] == "ledger"
+            assert spent(party) == {"train": told["epsilon_train"], "holdout": told["epsilon_holdout"]}
+
     def status(self) -> dict:
         return json.loads(worked(command("synthward", "deploy", "status", self.coordinator, "--json")))
 
@@ -211,6 +246,40 @@ class Loopback:
                     running.process.wait(40)
 
 
+def claimed(folder: RunFolder) -> dict[str, dict]:
+    """By site, what a run's claim says of it."""
+    return {site["site"]: site for site in json.loads((folder.release / "claim.json").read_text())["sites"]}
+
+
+def spent(party: Party, study: str = "") -> dict[str, float]:
+    """By partition, what a hospital's ledger holds for a study, by SHA-256, or for the one that has cost something."""
+    (account,) = json.loads(worked(command("synthward-site", "budget", party.site, "--json")))
+    found = [
+        row["epsilon"] for row in account["studies"]
+        if (row["sha256"] == study if study else any(row["epsilon"].values()))
+    ]  # fmt: skip
+    assert len(found) <= 1, account
+    return found[0] if found else {}
+
+
+def rounds_of(folder: RunFolder | None) -> int:
+    """Finished so far."""
+    events = [] if folder is None else folder.events()
+    return max((e["done"] for e in events if e["event"] == "step" and e["stage"] == "train"), default=0)
+
+
+def server_app(folder: RunFolder) -> psutil.Process:
+    """The process that works on a run.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    began = next((e for e in reversed(folder.events()) if e["event"] == "begin"), None)
+    if began is None:
+        raise psutil.NoSuchProcess(0)
+    return psutil.Process(began["pid"])
+
+
 def fingerprint(output: str) -> str:
     """The one that a command has printed."""
     found = re.search(r"fingerprint +((?:[0-9a-f]{4} ?){8})", output)
@@ -219,13 +288,9 @@ def fingerprint(output: str) -> str:
 
 
 def _children(running: Running | None) -> list[int]:
-    import psutil
-
     assert running is not None
     return [child.pid for child in psutil.Process(running.process.pid).children()]
 
 
 def _line(pid: int) -> list[str]:
-    import psutil
-
     return psutil.Process(pid).cmdline()
